@@ -4,7 +4,8 @@
 a process of its own for each setting of OpenMP, with sides alternating. A fair share of c cores beside k processes is
 c / (c + k) of them, so a fair step takes (c + k) / c times as long as alone.
 
---settings: names below. --busy: numbers of processes beside it. --rounds: measurements of each side.
+--settings: names below. --busy: numbers of processes beside it. --rounds: measurements of each side. --prompts: of a
+step; a slow machine needs fewer.
 """
 
 from __future__ import annotations
@@ -44,11 +45,11 @@ def beside(count: int) -> Iterator[None]:
             process.wait()
 
 
-def measured(setting: str, busy: int, model: str) -> dict[str, float]:
+def measured(setting: str, busy: int, model: str, prompts: int) -> dict[str, float]:
     """Seconds of each phase of a step with a setting, beside busy processes, after one to warm up."""
     kept = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     folder = str(Path(__file__).parent)
-    command = [sys.executable, __file__, "--phases", "--model", model]
+    command = [sys.executable, __file__, "--phases", "--model", model, "--prompts", str(prompts)]
     environment = {**kept, **SETTINGS[setting], "PYTHONPATH": os.pathsep.join((folder, kept.get("PYTHONPATH", "")))}
     with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
@@ -61,11 +62,12 @@ def measured(setting: str, busy: int, model: str) -> dict[str, float]:
     return seconds
 
 
-def time_phases(model: str) -> None:
+def time_phases(model: str, prompts: int) -> None:
     """Do a step, wait for a line, and print the seconds of each phase of another step."""
-    from step_profile import phases
+    import step_profile
 
-    steps = phases(model)
+    step_profile.PROMPTS = prompts
+    steps = step_profile.phases(model)
     for work in steps.values():
         work()
     print("ready", flush=True)
@@ -83,18 +85,19 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", default=["gruppo", "long", "passive"], choices=list(SETTINGS))
     parser.add_argument("--busy", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--model", default="smollm2-135m-instruct")
     parser.add_argument("--phases", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.phases:
-        time_phases(given.model)
+        time_phases(given.model, given.prompts)
         return
     cores = len(os.sched_getaffinity(0))
     found: dict[tuple[str, int], list[dict[str, float]]] = {}
     for _ in range(given.rounds):
         for busy in given.busy:
             for setting in given.settings:
-                seconds = measured(setting, busy, given.model)
+                seconds = measured(setting, busy, given.model, given.prompts)
                 found.setdefault((setting, busy), []).append(seconds)
                 parts = ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())
                 print(f"{setting}, {busy} busy: {sum(seconds.values()):.1f} s ({parts})", file=sys.stderr, flush=True)
