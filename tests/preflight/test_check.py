@@ -162,10 +162,12 @@ def test_check_leaves_no_process_behind(data: dict, tmp_path: Path) -> None:
     chats = [{"prompt": [{"role": "user", "content": letter}], "answer": "a"} for letter in "abcd"]
     rows.write_text("".join(json.dumps(row) + "\n" for row in chats))
     chat = {**data, "task": {"name": str(rows)}, "evaluation": {**data["evaluation"], "task": str(rows)}}
+    before = set(psutil.Process().children(recursive=True))  # those that other tests share
     check_recipe(chat, quick=True)
     with pytest.raises(UsageError, match="max_tokens"):
         check_recipe(chat, overrides=["sampling.max_tokens=1000"])
-    assert not [each for each in psutil.Process().children(recursive=True) if "gruppo" in " ".join(each.cmdline())]
+    left = set(psutil.Process().children(recursive=True)) - before
+    assert not [each for each in left if "gruppo" in " ".join(each.cmdline())]
 
 
 def test_wrong_targets_are_told_before_weights_are_loaded(data: dict, monkeypatch: pytest.MonkeyPatch) -> None:

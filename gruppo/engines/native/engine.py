@@ -265,7 +265,7 @@ class _Decoder:
         for slot, completion in filled:
             job = completion.job
             if job.kept is not None:
-                self.cache.completions.load(slot, job.kept.pairs)
+                self.cache.completions.restore(slot, job.kept.pairs)
                 if completion.number == len(job.request.streams) - 1:
                     job.kept = None  # its memory is free
             new, start = job.own[job.known :], len(job.prompt) + job.known

@@ -94,7 +94,7 @@ class PageStore:
             for target, tokens in zip(self.pair(layer, block), part, strict=True):
                 target[index, :, : tokens.shape[1]] = tokens
 
-    def load(self, sequence: int, pairs: Pairs) -> None:
+    def restore(self, sequence: int, pairs: Pairs) -> None:
         """Store the keys and values of all layers of a sequence that has its pages."""
         for layer, pair in pairs.items():
             self.store(layer, sequence, pair)
@@ -172,7 +172,7 @@ class KVCache:
         for layer, pair in prompt.pairs.items():
             self._describe(layer, pair)
         self.prompts.reserve(np.array([entry]), np.array([len(prompt.token_ids)]))
-        self.prompts.load(entry, prompt.pairs)
+        self.prompts.restore(entry, prompt.pairs)
         self._kept_prompts[entry] = prompt
 
     def keep_prompt(self, entry: int, token_ids: tuple[int, ...]) -> KeptPrompt:
