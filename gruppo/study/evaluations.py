@@ -30,11 +30,13 @@ from gruppo.utils.signals import Stop
 class PlannedEvaluation:
     """A model that answers the questions of an evaluation: the result of a run, or a model that no run has trained.
 
-    `run`: the run, or one of those that begin with the model. `record`: the folder of its record.
+    `run`: the run, or one of those that begin with the model. `like`: the run with whose settings the model is
+    evaluated. `record`: the folder of its record.
     """
 
     table: EvaluationSet
     run: PlannedRun
+    like: PlannedRun
     recipe: Recipe
     folder: Path
     record: Path
@@ -43,7 +45,8 @@ class PlannedEvaluation:
     @property
     def name(self) -> str:
         """Its name in the study."""
-        return f"{self.table.title} of {INITIAL if self.initial else self.run.name}"
+        end = "" if self.like.arm is self.run.arm else f" with the settings of {self.like.arm.name}"
+        return f"{self.table.title} of {INITIAL if self.initial else self.run.name}{end}"
 
     @property
     def done(self) -> bool:
@@ -97,7 +100,7 @@ def evaluations_of(study: Study, run: PlannedRun, state: RunState) -> list[Plann
     """The evaluations of the result of a run: its own, and those of the runs that begin with it, with their
     settings."""
     planned = [
-        _trained_evaluation(study, table, run, state, one.recipe)
+        _trained_evaluation(study, table, run, state, one)
         for table in study.file.evaluations
         for one in (run, *study.begun_with(run))
     ]
@@ -106,7 +109,7 @@ def evaluations_of(study: Study, run: PlannedRun, state: RunState) -> list[Plann
 
 def final_evaluation(study: Study, table: EvaluationSet, run: PlannedRun, state: RunState) -> PlannedEvaluation:
     """The evaluation of the result of a run."""
-    return _trained_evaluation(study, table, run, state, run.recipe)
+    return _trained_evaluation(study, table, run, state, run)
 
 
 def initial_evaluation(
@@ -115,22 +118,22 @@ def initial_evaluation(
     """The evaluation of the model that a run begins with, as the run evaluates."""
     if run.start is None:
         return untrained_evaluation(study, table, run)
-    return _trained_evaluation(study, table, run.start, states[run.start.name], run.recipe)
+    return _trained_evaluation(study, table, run.start, states[run.start.name], run)
 
 
 def untrained_evaluation(study: Study, table: EvaluationSet, run: PlannedRun) -> PlannedEvaluation:
     """The evaluation of the model that the recipe of a run names."""
     recipe = evaluation_recipe(table, run.recipe, run.recipe.model.name)
     name = _name(table, INITIAL, recipe, recipe.model.name)
-    return PlannedEvaluation(table, run, recipe, study.folder / name, study.records / name, initial=True)
+    return PlannedEvaluation(table, run, run, recipe, study.folder / name, study.records / name, initial=True)
 
 
 def _trained_evaluation(
-    study: Study, table: EvaluationSet, run: PlannedRun, state: RunState, settings: Recipe
+    study: Study, table: EvaluationSet, run: PlannedRun, state: RunState, like: PlannedRun
 ) -> PlannedEvaluation:
-    recipe = evaluation_recipe(table, settings, str(run.model.resolve()))
+    recipe = evaluation_recipe(table, like.recipe, str(run.model.resolve()))
     name = _name(table, f"{run.arm.name}-seed-{run.seed}", recipe, state.weights)
-    return PlannedEvaluation(table, run, recipe, study.folder / name, study.records / name)
+    return PlannedEvaluation(table, run, like, recipe, study.folder / name, study.records / name)
 
 
 def _name(table: EvaluationSet, name: str, recipe: Recipe, model: str) -> Path:

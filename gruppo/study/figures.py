@@ -83,7 +83,7 @@ def _draw_bars(
     evaluation, kind, k = study.file.parsed(table.metric)
     found = [
         (title, color, value)
-        for name, initial, title, color in _models(study, table)
+        for name, initial, title, color in models_of(study, table)
         if (value := value_of(answered.table(evaluation, name, kind, k, initial))) is not None
     ]
     for place, (_, color, value) in enumerate(found):
@@ -103,7 +103,7 @@ def _draw_bars(
 def _draw_samples(
     study: Study, states: Mapping[str, RunState], answered: Answered, table: FigureTable, axes: Axes
 ) -> bool:
-    for name, initial, title, color in _models(study, table):
+    for name, initial, title, color in models_of(study, table):
         for style, kind in (("-", "pass"), ("--", "maj")):
             seeds = list(answered.answers_of(table.evaluation, name, initial).values())
             if not seeds:
@@ -127,7 +127,7 @@ def _draw_samples(
 _DRAW = {"curve": _draw_curve, "bars": _draw_bars, "samples": _draw_samples}
 
 
-def _models(study: Study, table: FigureTable) -> list[tuple[str, bool, str, str]]:
+def models_of(study: Study, table: FigureTable) -> list[tuple[str, bool, str, str]]:
     """The models in a figure: arm, whether what it begins with is meant, title and color. An arm has one color in all
     figures. What the arms begin with comes first, unless it is one of the arms."""
     colors = {arm.name: f"C{place}" for place, arm in enumerate(study.file.arms)}
