@@ -131,6 +131,7 @@ def untrained_evaluation(study: Study, table: EvaluationSet, run: PlannedRun) ->
 def _trained_evaluation(
     study: Study, table: EvaluationSet, run: PlannedRun, state: RunState, like: PlannedRun
 ) -> PlannedEvaluation:
+    """The evaluation of the result of a run with the settings of another."""
     recipe = evaluation_recipe(table, like.recipe, str(run.model.resolve()))
     name = _name(table, f"{run.arm.name}-seed-{run.seed}", recipe, state.weights)
     return PlannedEvaluation(table, run, like, recipe, study.folder / name, study.records / name)

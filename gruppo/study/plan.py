@@ -55,7 +55,7 @@ def _remarks_on_starts(study: Study, states: Mapping[str, RunState], only: Colle
     remarks = [f"{arm.name} begins with {arm.start}" for arm in study.file.arms if arm.start is not None]
     for arm in dict.fromkeys(run.arm.name for run in study.selected(only)):
         if only and arm not in only:
-            remarks.append(f"{arm} belongs to --only {' '.join(only)}, which begins with it")
+            remarks.append(f"{arm} is included, because --only {' --only '.join(only)} begins with it")
     for run in study.selected(only):
         if run.start is None:
             continue

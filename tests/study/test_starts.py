@@ -321,10 +321,10 @@ def test_pruning_keeps_a_start_that_is_needed(copy: Path) -> None:
 
 def test_only_includes_the_start(fresh: Path) -> None:
     shown = plan(fresh, "slow")
-    assert "sft belongs to --only slow, which begins with it" in shown
+    assert "sft is included, because --only slow begins with it" in shown
     assert "2 of 5 runs and " in shown
     assert [one.name for one in load_study(fresh).selected(["slow"])] == ["sft/seed-1", "slow/seed-1"]
-    assert "belongs to" not in plan(fresh, "plain", "sft")
+    assert "is included" not in plan(fresh, "plain", "sft")
 
 
 def test_arms_of_a_start_that_fails_are_not_run_and_the_others_are(
