@@ -275,6 +275,20 @@ def test_a_start_without_folder_is_trained_again_for_a_run_that_needs_it(copy: P
         assert after[name] == before[name]
 
 
+def test_starts_of_starts_are_trained_again(copy: Path) -> None:
+    study = load_study(copy)
+    forget(study, "slow/seed-1")
+    change(copy, 'seeds = [1]\nstart = "sft"', 'seeds = [1]\nstart = "grpo"')
+    for name in ("sft/seed-1", "grpo/seed-1", "grpo/seed-2"):
+        shutil.rmtree(named(study, name).folder)
+    shown = plan(copy)
+    assert "sft/seed-1: its model is gone and is the start of grpo/seed-1, so it is trained again" in shown
+    assert "grpo/seed-1: its model is gone and is the start of slow/seed-1, so it is trained again" in shown
+    assert "3 of 5 runs and 1 evaluations are left" in shown
+    study = load_study(copy)
+    assert [one.name for one in study.selected(["slow"])] == ["sft/seed-1", "grpo/seed-1", "slow/seed-1"]
+
+
 def test_a_start_without_folder_is_trained_again_for_an_evaluation(copy: Path) -> None:
     study = load_study(copy)
     shutil.rmtree(named(study, "sft/seed-1").folder)
