@@ -23,7 +23,9 @@ def study(
     prune: Annotated[
         bool, typer.Option("--prune", help="Delete the folders of runs whose results are recorded, and exit.")
     ] = False,
-    only: Annotated[list[str] | None, typer.Option(metavar="ARM", help="Only this arm; may be repeated.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="ARM", help="Only this arm, and what it begins with; may be repeated.")
+    ] = None,
     minutes: Annotated[
         float | None, typer.Option(help="Begin nothing that would take longer than what is left of these minutes.")
     ] = None,

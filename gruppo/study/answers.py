@@ -25,30 +25,32 @@ METHOD = (
 
 
 class Answered:
-    """The answers of all models of a study: by evaluation, arm ("initial" too) and seed.
+    """The answers of all models of a study, by evaluation, arm and seed.
 
-    `initial` has the answers of the model that a run starts from. Seeds do not change them, but arms can start from
-    different models.
+    `initial` has, for every run, the seed of the run that has trained the model which it begins with (-1 if none has),
+    and the answers of that model.
     """
 
     def __init__(
         self,
         final: Mapping[tuple[str, str, int], Sequence[Answers]],
-        initial: Mapping[tuple[str, str, int], Sequence[Answers]],
+        initial: Mapping[tuple[str, str, int], tuple[int, Sequence[Answers]]],
     ) -> None:
         self.final, self.initial = final, initial
 
-    def answers_of(self, evaluation: str, arm: str) -> dict[int, Sequence[Answers]]:
-        """The answers of an arm by seed. The model before training, that of the first arm, has the seed -1."""
-        if arm == INITIAL:
-            entry = next((found for (name, _, _), found in self.initial.items() if name == evaluation), None)
-            return {} if entry is None else {-1: entry}
-        found = {seed: answers for (name, own, seed), answers in self.final.items() if (name, own) == (evaluation, arm)}
+    def answers_of(self, evaluation: str, arm: str, initial: bool = False) -> dict[int, Sequence[Answers]]:
+        """The answers of an arm by seed. `initial`: of the models that it begins with, by the seeds of their runs."""
+        if initial:
+            found = dict(entry for (name, own, _), entry in self.initial.items() if (name, own) == (evaluation, arm))
+        else:
+            found = {seed: one for (name, own, seed), one in self.final.items() if (name, own) == (evaluation, arm)}
         return dict(sorted(found.items()))
 
-    def table(self, evaluation: str, arm: str, kind: str, k: int = 1) -> dict[int, dict[str, float]]:
-        """A metric of an arm by seed and question."""
-        found = self.answers_of(evaluation, arm)
+    def table(
+        self, evaluation: str, arm: str, kind: str, k: int = 1, initial: bool = False
+    ) -> dict[int, dict[str, float]]:
+        """A metric of an arm by seed and question. `initial`: see `answers_of`."""
+        found = self.answers_of(evaluation, arm, initial)
         return {seed: _by_question(answers, kind, k) for seed, answers in found.items()}
 
     def pairs(self, question: Question, file: StudyFile) -> dict[int, np.ndarray]:
@@ -56,12 +58,12 @@ class Answered:
         evaluation, kind, k = file.parsed(question.metric)
         first, second = question.arms
         tables = [self.table(evaluation, arm, kind, k) for arm in (first, second)]
-        if INITIAL in question.arms:  # the model that the other arm starts from, with each of its seeds
+        if INITIAL in question.arms:  # the model that the other arm begins with, for each of its seeds
             place = question.arms.index(INITIAL)
             other = question.arms[1 - place]
             tables[place] = {
                 seed: _by_question(answers, kind, k)
-                for (name, arm, seed), answers in self.initial.items()
+                for (name, arm, seed), (_, answers) in self.initial.items()
                 if (name, arm) == (evaluation, other)
             }
         return {
@@ -140,7 +142,9 @@ def _compared(question: Question, pairs: Mapping[int, np.ndarray], file: StudyFi
 
 
 def _in_words(question: Question, result: Mapping[str, Any], file: StudyFile) -> str:
-    titles = {arm.name: arm.title for arm in file.arms} | {INITIAL: "the model before training"}
+    titles = {arm.name: arm.title for arm in file.arms} | {
+        INITIAL: file.initial_title(question.arms, "the model before training")
+    }
     first, second = (titles[name] for name in question.arms)
     if result["difference"] is None:
         return "not answered yet: no seed has both evaluations"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,37 @@ from gruppo.utils.paths import is_file, user_path
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """An arm with one seed."""
+    """An arm with one seed. `start`: the run whose trained model it begins with; None if its recipe names a model."""
 
     arm: Arm
     seed: int
     recipe: Recipe
     folder: Path
+    budget: Budget
+    start: PlannedRun | None = None
 
     @property
     def name(self) -> str:
         """Its name in the study."""
         return f"{self.arm.name}/seed-{self.seed}"
 
+    @property
+    def model(self) -> Path:
+        """The folder of the model that its training ends with."""
+        return self.folder / "model"
+
+    @property
+    def lineage(self) -> list[PlannedRun]:
+        """The run, its start, the start of that, and so on."""
+        return [self, *([] if self.start is None else self.start.lineage)]
+
 
 @dataclass(frozen=True)
 class Study:
     """A study: its file, where it lies, and its runs, in the order in which they are trained.
 
-    The first seed of every arm comes first, so that a study that is not finished compares all arms.
+    The first seed of every arm comes first, so that a study that is not finished compares all arms. A start comes
+    before the runs that begin with its model.
     """
 
     path: Path
@@ -59,14 +72,18 @@ class Study:
         given = self.file.study.page
         return self.path.parent / user_path(given) if given else self.folder / "study.md"
 
-    @property
-    def budget(self) -> Budget:
-        """What every run may spend."""
-        return self.file.study.budget
-
     def runs_of(self, arm: str) -> list[PlannedRun]:
         """The runs of an arm."""
         return [run for run in self.runs if run.arm.name == arm]
+
+    def begun_with(self, run: PlannedRun) -> list[PlannedRun]:
+        """The runs that begin with the model of a run."""
+        return [other for other in self.runs if other.start is run]
+
+    def selected(self, only: Collection[str]) -> list[PlannedRun]:
+        """The runs of these arms, and those that they begin with; all runs if no arm is given."""
+        names = {one.name for run in self.runs if not only or run.arm.name in only for one in run.lineage}
+        return [run for run in self.runs if run.name in names]
 
 
 def load_study(path: Path) -> Study:
@@ -75,10 +92,25 @@ def load_study(path: Path) -> Study:
     study = Study(path, file, [])
     pairs = [(place, arm, seed) for arm in file.arms for place, seed in enumerate(file.seeds_of(arm))]
     for _, arm, seed in sorted(pairs, key=lambda pair: pair[0]):
-        folder = study.folder / arm.name / f"seed-{seed}"
-        study.runs.append(PlannedRun(arm, seed, _recipe(study, arm, seed), folder))
+        _planned(study, arm, seed)
     _require_apart(study)
     return study
+
+
+def _planned(study: Study, arm: Arm, seed: int) -> PlannedRun:
+    """The run of an arm with a seed. It is added to the study, after its start, unless it is there."""
+    for run in study.runs_of(arm.name):
+        if run.seed == seed:
+            return run
+    start = None
+    if arm.start is not None:
+        other = study.file.arm(arm.start)
+        seeds = study.file.seeds_of(other)
+        start = _planned(study, other, seed if seed in seeds else seeds[0])
+    folder = study.folder / arm.name / f"seed-{seed}"
+    run = PlannedRun(arm, seed, _recipe(study, arm, seed, start), folder, study.file.budget_of(arm), start)
+    study.runs.append(run)
+    return run
 
 
 def require_arms(study: Study, only: Iterable[str]) -> None:
@@ -99,9 +131,9 @@ def _require_apart(study: Study) -> None:
             )
 
 
-def _recipe(study: Study, arm: Arm, seed: int) -> Recipe:
+def _recipe(study: Study, arm: Arm, seed: int, start: PlannedRun | None) -> Recipe:
     """The recipe of an arm with a seed. Raises UsageError."""
-    where, budget, name = f"{study.path}: arm {arm.name}", study.budget, study.file.study.name
+    where, budget, name = f"{study.path}: arm {arm.name}", study.file.budget_of(arm), study.file.study.name
     run: dict[str, Any] = {"name": f"{name}-{arm.name}-{seed}"[:100], "seed": seed}
     if budget.steps is not None:
         run["steps"] = budget.steps
@@ -111,6 +143,10 @@ def _recipe(study: Study, arm: Arm, seed: int) -> Recipe:
     tables = {"extends": base} if isinstance(base, str) else dict(base)
     if "extends" in tables:
         tables["extends"] = _located(tables["extends"], study.path, where)
+    if start is not None:
+        for layer in [*layers, *([] if arm.recipe is None else [tables])]:
+            _require_no_model(layer, where, start)
+        layers.append({"model": {"name": str(start.model.resolve())}})
     try:
         recipe = load_recipe(overlaid([*layers, tables]))
     except UsageError as error:
@@ -123,6 +159,16 @@ def _recipe(study: Study, arm: Arm, seed: int) -> Recipe:
         )
     _require_reachable(recipe, budget, where)
     return recipe
+
+
+def _require_no_model(layer: Mapping[str, Any], where: str, start: PlannedRun) -> None:
+    """Raise UsageError if a layer of the recipe of an arm with a start names a model."""
+    table = layer.get("model")
+    if isinstance(table, Mapping) and "name" in table:
+        raise UsageError(
+            f'{where}: model.name = "{table["name"]}": the arm begins with the model of start = "{start.arm.name}"; '
+            "remove one of the two"
+        )
 
 
 def _nested(key: str, value: Any, where: str) -> dict[str, Any]:

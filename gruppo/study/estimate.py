@@ -7,7 +7,6 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
 from gruppo.study.arms import PlannedRun, Study
 from gruppo.study.attempts import read_attempts
@@ -37,7 +36,7 @@ class Estimator:
 
     def run(self, run: PlannedRun, start: RunState) -> float | None:
         """Seconds until a run that goes on from `start` is done, without its evaluations."""
-        budget = self.study.budget
+        budget = run.budget
         if budget.minutes is not None:
             return max(0.0, 60 * budget.minutes - start.seconds)
         arm = [self.states[other.name] for other in self.study.runs_of(run.arm.name)]
@@ -47,7 +46,7 @@ class Estimator:
             if budget.tokens is not None:
                 return max(0.0, budget.tokens - start.tokens) * seconds / tokens
             return max(0, run.recipe.run.steps - start.steps) * seconds / steps
-        checked = self._checked(run.recipe)
+        checked = self._checked(run)
         if checked is None:
             return None
         step_seconds, sampling = float(checked["step_seconds"]), run.recipe.sampling
@@ -61,8 +60,11 @@ class Estimator:
         others = [seconds for name, seconds in self._seconds.items() if name.startswith(f"{table.title} of ")]
         return sum(others) / len(others) if others else None
 
-    def _checked(self, recipe: Recipe) -> Mapping[str, Any] | None:
-        """What `gruppo check --quick` says of a recipe."""
+    def _checked(self, run: PlannedRun) -> Mapping[str, Any] | None:
+        """What `gruppo check --quick` says of a run; of one with a start as if it began with the first untrained model,
+        which is as large and always there."""
+        model = run.recipe.model.model_copy(update={"name": run.lineage[-1].recipe.model.name})
+        recipe = run.recipe.model_copy(update={"model": model})
         path = self.study.records / FILE
         known = read_facts(path)
         values = recipe.as_mapping()

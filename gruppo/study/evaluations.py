@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,22 @@ from gruppo.study.answer_data import keep_answers, kept_answers, read_questions
 from gruppo.study.arms import PlannedRun, Study
 from gruppo.study.file import INITIAL, EvaluationSet
 from gruppo.study.record_files import MANIFEST
-from gruppo.study.states import RunState, folder_state, has_model
+from gruppo.study.states import RunState, has_model
 from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop
 
 
 @dataclass(frozen=True)
 class PlannedEvaluation:
-    """A model that answers the questions of an evaluation: the result of a run, or the model that its arm starts from.
+    """A model that answers the questions of an evaluation: the result of a run, or a model that no run has trained.
 
-    `run`: the run, or one of those that start from the model. `record`: the folder of its record.
+    `run`: the run, or one of those that begin with the model. `like`: the run with whose settings the model is
+    evaluated. `record`: the folder of its record.
     """
 
     table: EvaluationSet
     run: PlannedRun
+    like: PlannedRun
     recipe: Recipe
     folder: Path
     record: Path
@@ -43,7 +45,8 @@ class PlannedEvaluation:
     @property
     def name(self) -> str:
         """Its name in the study."""
-        return f"{self.table.title} of {INITIAL if self.initial else self.run.name}"
+        end = "" if self.like.arm is self.run.arm else f" with the settings of {self.like.arm.name}"
+        return f"{self.table.title} of {INITIAL if self.initial else self.run.name}{end}"
 
     @property
     def done(self) -> bool:
@@ -82,51 +85,56 @@ def plan_evaluations(study: Study, states: Mapping[str, RunState]) -> list[Plann
     planned: dict[Path, PlannedEvaluation] = {}
     for table in study.file.evaluations:
         for run in study.runs:
-            initial = initial_evaluation(study, table, run)
-            planned.setdefault(initial.folder, initial)
-        for run in study.runs:
-            if states[run.name].complete:
-                final = final_evaluation(study, table, run, states[run.name])
-                if final.done or has_model(run, states[run.name]):
-                    planned.setdefault(final.folder, final)
+            if run.start is None:
+                initial = untrained_evaluation(study, table, run)
+                planned.setdefault(initial.folder, initial)
+    for run in study.runs:
+        if (state := states[run.name]).complete:
+            for trained in evaluations_of(study, run, state):
+                if trained.done or has_model(run, state):
+                    planned.setdefault(trained.folder, trained)
     return list(planned.values())
+
+
+def evaluations_of(study: Study, run: PlannedRun, state: RunState) -> list[PlannedEvaluation]:
+    """The evaluations of the result of a run: its own, and those of the runs that begin with it, with their
+    settings."""
+    planned = [
+        _trained_evaluation(study, table, run, state, one)
+        for table in study.file.evaluations
+        for one in (run, *study.begun_with(run))
+    ]
+    return list({one.folder: one for one in planned}.values())
 
 
 def final_evaluation(study: Study, table: EvaluationSet, run: PlannedRun, state: RunState) -> PlannedEvaluation:
     """The evaluation of the result of a run."""
-    recipe = _recipe(table, run.recipe, str((run.folder / "model").resolve()))
-    name = _name(table, f"{run.arm.name}-seed-{run.seed}", recipe, state.weights)
-    return PlannedEvaluation(table, run, recipe, study.folder / name, study.records / name)
+    return _trained_evaluation(study, table, run, state, run)
 
 
-def initial_evaluation(study: Study, table: EvaluationSet, run: PlannedRun) -> PlannedEvaluation:
-    """The evaluation of the model before training."""
-    recipe = _recipe(table, run.recipe, run.recipe.model.name)
+def initial_evaluation(
+    study: Study, table: EvaluationSet, run: PlannedRun, states: Mapping[str, RunState]
+) -> PlannedEvaluation:
+    """The evaluation of the model that a run begins with, as the run evaluates."""
+    if run.start is None:
+        return untrained_evaluation(study, table, run)
+    return _trained_evaluation(study, table, run.start, states[run.start.name], run)
+
+
+def untrained_evaluation(study: Study, table: EvaluationSet, run: PlannedRun) -> PlannedEvaluation:
+    """The evaluation of the model that the recipe of a run names."""
+    recipe = evaluation_recipe(table, run.recipe, run.recipe.model.name)
     name = _name(table, INITIAL, recipe, recipe.model.name)
-    return PlannedEvaluation(table, run, recipe, study.folder / name, study.records / name, initial=True)
+    return PlannedEvaluation(table, run, run, recipe, study.folder / name, study.records / name, initial=True)
 
 
-def start_of_training(study: Study, run: PlannedRun, state: RunState) -> RunState | None:
-    """The state that the training of a run begins from; None if nothing is to be trained.
-
-    A complete run is trained again if its model is gone and has not answered everything. The first note says so.
-    """
-    if not state.complete:
-        return state
-    left = [] if has_model(run, state) else unanswered(study, run, state)
-    if not left:
-        return None
-    found = folder_state(run, study.budget)
-    names = ", ".join(table.title for table in left)
-    return replace(
-        found, notes=[f"its model is gone and has not answered {names}, so it is trained again", *found.notes]
-    )
-
-
-def unanswered(study: Study, run: PlannedRun, state: RunState) -> list[EvaluationSet]:
-    """The evaluations that the model of a run has not answered; all if the run is not complete."""
-    tables = study.file.evaluations
-    return [table for table in tables if not state.complete or not final_evaluation(study, table, run, state).done]
+def _trained_evaluation(
+    study: Study, table: EvaluationSet, run: PlannedRun, state: RunState, like: PlannedRun
+) -> PlannedEvaluation:
+    """The evaluation of the result of a run with the settings of another."""
+    recipe = evaluation_recipe(table, like.recipe, str(run.model.resolve()))
+    name = _name(table, f"{run.arm.name}-seed-{run.seed}", recipe, state.weights)
+    return PlannedEvaluation(table, run, like, recipe, study.folder / name, study.records / name)
 
 
 def _name(table: EvaluationSet, name: str, recipe: Recipe, model: str) -> Path:
@@ -138,7 +146,7 @@ def _name(table: EvaluationSet, name: str, recipe: Recipe, model: str) -> Path:
     return Path("evaluations", table.title, f"{name}-{digest[:8]}")
 
 
-def _recipe(table: EvaluationSet, trained: Recipe, model: str) -> Recipe:
+def evaluation_recipe(table: EvaluationSet, trained: Recipe, model: str) -> Recipe:
     """The recipe that evaluates a model as the run with the recipe `trained` would, with the seed of the evaluation.
 
     What only training depends on has its default, so that arms that evaluate alike have equal recipes.

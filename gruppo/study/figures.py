@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ import numpy as np
 from gruppo.evaluation.plots import make_figure, save_figure
 from gruppo.study.answers import Answered, curve_of, value_of
 from gruppo.study.arms import Study
-from gruppo.study.file import INITIAL, FigureTable
+from gruppo.study.file import FigureTable
 from gruppo.study.run_data import RunData
 from gruppo.study.states import RunState
 
@@ -81,11 +81,10 @@ def _draw_bars(
     study: Study, states: Mapping[str, RunState], answered: Answered, table: FigureTable, axes: Axes
 ) -> bool:
     evaluation, kind, k = study.file.parsed(table.metric)
-    arms = [(INITIAL, BEFORE, "0.6"), *_colors(study, table)]
     found = [
         (title, color, value)
-        for name, title, color in arms
-        if (value := value_of(answered.table(evaluation, name, kind, k))) is not None
+        for name, initial, title, color in models_of(study, table)
+        if (value := value_of(answered.table(evaluation, name, kind, k, initial))) is not None
     ]
     for place, (_, color, value) in enumerate(found):
         low, high = value["interval"]
@@ -104,9 +103,9 @@ def _draw_bars(
 def _draw_samples(
     study: Study, states: Mapping[str, RunState], answered: Answered, table: FigureTable, axes: Axes
 ) -> bool:
-    for name, title, color in [(INITIAL, BEFORE, "0.6"), *_colors(study, table)]:
+    for name, initial, title, color in models_of(study, table):
         for style, kind in (("-", "pass"), ("--", "maj")):
-            seeds = list(answered.answers_of(table.evaluation, name).values())
+            seeds = list(answered.answers_of(table.evaluation, name, initial).values())
             if not seeds:
                 continue
             curve = curve_of(seeds, kind)
@@ -128,9 +127,18 @@ def _draw_samples(
 _DRAW = {"curve": _draw_curve, "bars": _draw_bars, "samples": _draw_samples}
 
 
-def _colors(study: Study, table: FigureTable) -> Sequence[tuple[str, str, str]]:
-    """Name, title and color of the arms in a figure; an arm has one color in all figures."""
-    return [(arm.name, arm.title, f"C{study.file.arms.index(arm)}") for arm in study.file.shown_arms(table)]
+def models_of(study: Study, table: FigureTable) -> list[tuple[str, bool, str, str]]:
+    """The models in a figure: arm, whether what it begins with is meant, title and color. An arm has one color in all
+    figures. What the arms begin with comes first, unless it is one of the arms."""
+    colors = {arm.name: f"C{place}" for place, arm in enumerate(study.file.arms)}
+    shown = study.file.shown_arms(table)
+    begun: dict[str | None, tuple[str, bool, str, str]] = {}
+    for arm in shown:
+        if arm.start is None:
+            begun.setdefault(None, (arm.name, True, BEFORE, "0.6"))
+        elif arm.start not in [other.name for other in shown]:
+            begun.setdefault(arm.start, (arm.name, True, study.file.arm(arm.start).title, colors[arm.start]))
+    return list(begun.values()) + [(arm.name, False, arm.title, colors[arm.name]) for arm in shown]
 
 
 def _percent(axes: Any) -> None:

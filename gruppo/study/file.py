@@ -82,7 +82,7 @@ class Head(Table):
     seeds: Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)]
     """Values of run.seed. Every arm is trained with each of them."""
     budget: Budget
-    """Equal for all arms: { tokens = … }, { steps = … } or { minutes = … }."""
+    """Of every run: { tokens = … }, { steps = … } or { minutes = … }. Arms can have their own."""
     chosen_on: str = ""
     """How settings that all arms share were chosen, if a search chose them: on which data, among which values."""
     conclusions: str = ""
@@ -100,8 +100,13 @@ class Arm(Table):
     """In place of the study's [recipe]: a file, the name of a packaged recipe, or tables."""
     changes: dict[str, Any] = {}
     """Fields of the recipe with other values: { "method.name" = "rft" }."""
+    start: str | None = None
+    """The arm whose trained model this arm begins with, in place of model.name: the run with the same seed, or else
+    with that arm's first seed."""
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] | None = None
     """In place of the study's seeds."""
+    budget: Budget | None = None
+    """In place of the study's budget."""
     chosen_on: str = ""
     """How its settings were chosen, if a search chose them."""
 
@@ -201,6 +206,8 @@ class StudyFile(Table):
             if arm.recipe is None and self.recipe is None:
                 raise ValueError(f'arms: {arm.name} has no recipe; write recipe = "FILE", or [recipe] for all arms')
             _require_unique(f"arms: {arm.name}", "seeds", self.seeds_of(arm))
+        for arm in self.arms:
+            self._require_start(arm)
         for entry in self.evaluations:
             if entry.every:
                 raise ValueError(
@@ -214,6 +221,21 @@ class StudyFile(Table):
             self._require_arms(f"figures: {figure.name}", figure.arms)
             self._require_figure(figure)
         return self
+
+    def _require_start(self, arm: Arm) -> None:
+        if arm.start is None:
+            return
+        where, starts = f'arms: {arm.name}: start = "{arm.start}"', {one.name: one.start for one in self.arms}
+        if arm.start not in starts:
+            raise ValueError(f"{where}: is no arm{nearest(arm.start, starts.keys() - {arm.name})}")
+        way: list[str] = []
+        name: str | None = arm.name
+        while name is not None and name not in way:
+            way.append(name)
+            name = starts.get(name)
+        if name == arm.name:
+            chain = " begins with ".join([*way, name])
+            raise ValueError(f"{where}: {chain}, so none can be trained first; name another arm, or remove start")
 
     def _require_arms(self, where: str, names: Sequence[str]) -> None:
         known = [arm.name for arm in self.arms] + [INITIAL]
@@ -257,6 +279,20 @@ class StudyFile(Table):
     def seeds_of(self, arm: Arm) -> list[int]:
         """The seeds that an arm is trained with."""
         return self.study.seeds if arm.seeds is None else arm.seeds
+
+    def budget_of(self, arm: Arm) -> Budget:
+        """What a run of an arm may spend."""
+        return arm.budget or self.study.budget
+
+    def arm(self, name: str) -> Arm:
+        """The arm of this name."""
+        return next(arm for arm in self.arms if arm.name == name)
+
+    def initial_title(self, arms: Sequence[str], untrained: str) -> str:
+        """What "initial" is, for readers, beside these arms: the arm that another of them begins with, or else
+        `untrained`."""
+        starts = [arm.start for arm in self.arms if arm.name in arms and arm.start is not None]
+        return self.arm(starts[0]).title if starts else untrained
 
     def shown_arms(self, figure: FigureTable) -> list[Arm]:
         """The arms in a figure."""

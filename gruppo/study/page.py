@@ -34,12 +34,11 @@ def page_of(study: Study, content: Mapping[str, Any], figures: Mapping[str, str]
 def _answers(study: Study, content: Mapping[str, Any]) -> list[str]:
     if not content["questions"]:
         return []
-    titles = {arm.name: arm.title for arm in study.file.arms} | {INITIAL: BEFORE}
     rows = [
         [
             f"**{found['id']}.** {found['text']}",
             f"{found['answer']}",
-            f"`{found['metric']}`: {titles[found['arms'][1]]} minus {titles[found['arms'][0]]}",
+            f"`{found['metric']}`: {_title(study, found, 1)} minus {_title(study, found, 0)}",
             "" if found["difference"] is None else f"{100 * found['difference']:+.1f}",
             "" if found["interval"] is None else f"{_points(found['interval'])}",
             _p(found["p"]) + ("" if found["alternative"] == "two-sided" else f" ({found['alternative']})"),
@@ -50,6 +49,12 @@ def _answers(study: Study, content: Mapping[str, Any]) -> list[str]:
     ]
     names = ["question", "answer", "difference of", "points", "95% interval", "p", "p (Holm)", "seeds × questions"]
     return ["## Answers", "", *_table(names, rows), "", content["method"]]
+
+
+def _title(study: Study, question: Mapping[str, Any], place: int) -> str:
+    """The title of one of the arms of a question."""
+    name = question["arms"][place]
+    return study.file.initial_title(question["arms"], BEFORE) if name == INITIAL else study.file.arm(name).title
 
 
 def _values(study: Study, content: Mapping[str, Any]) -> list[str]:
@@ -85,16 +90,23 @@ def _figures(study: Study, figures: Mapping[str, str]) -> list[str]:
 def _arms(study: Study, content: Mapping[str, Any]) -> list[str]:
     shared = content["recipe"]
     base = f"`{shared}`" if isinstance(shared, str) else "the recipe in the study's file"
+    has_starts = any(arm.start for arm in study.file.arms)
+    has_budgets = any(arm.budget for arm in study.file.arms)
     rows = []
-    for arm in content["arms"]:
+    for arm, table in zip(content["arms"], study.file.arms, strict=True):
         own = arm["recipe"]
-        start = base if own is None else f"`{own}`" if isinstance(own, str) else "a recipe of its own"
+        recipe = base if own is None else f"`{own}`" if isinstance(own, str) else "a recipe of its own"
         changes = "<br>".join(f"`{_cell(line)}`" for line in arm["changes"]) or "none"
-        rows.append([arm["label"], start, changes, _list(arm["seeds"]), arm["chosen_on"] or "not searched"])
-    lines = ["## Arms", "", f"Every run has a budget of {study.budget}."]
+        begins = [study.file.arm(table.start).title if table.start else "its recipe's model"] if has_starts else []
+        budget = [str(study.file.budget_of(table))] if has_budgets else []
+        seeds, chosen_on = _list(arm["seeds"]), arm["chosen_on"] or "not searched"
+        rows.append([arm["label"], recipe, changes, *begins, *budget, seeds, chosen_on])
+    end = ", unless the table has another" if has_budgets else ""
+    lines = ["## Arms", "", f"Every run has a budget of {study.file.study.budget}{end}."]
     if content["chosen_on"]:
         lines.append(f"Settings of all arms were chosen on: {content['chosen_on']}")
-    return [*lines, "", *_table(["arm", "recipe", "changes", "seeds", "settings chosen on"], rows)]
+    more = ["begins with"] * has_starts + ["budget"] * has_budgets
+    return [*lines, "", *_table(["arm", "recipe", "changes", *more, "seeds", "settings chosen on"], rows)]
 
 
 def _runs(content: Mapping[str, Any]) -> list[str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 from gruppo.study.arms import Study, require_arms
 from gruppo.study.estimate import Estimator, clock, total
-from gruppo.study.evaluations import plan_evaluations, start_of_training, unanswered
+from gruppo.study.evaluations import plan_evaluations
 from gruppo.study.recall_check import recall_left
-from gruppo.study.runner import work_left
-from gruppo.study.states import RunState, read_states
+from gruppo.study.states import RunState, read_states, start_note
+from gruppo.study.work import start_of_training, unanswered, work_left
 from gruppo.utils.progress import Progress
 
 
@@ -24,11 +24,12 @@ def describe_plan(study: Study, only: Collection[str], progress: Progress, check
     estimator = Estimator(study, states, progress, checks)
     runs, evaluations = work_left(study, states, only)
     remarks = [f"{state.name}: {remark}" for state in states.values() for remark in state.remarks]
+    remarks += _remarks_on_starts(study, states, only)
     remarks += [remark for planned in plan_evaluations(study, states) if (remark := planned.remark)]
     times: list[float | None] = []
     left = {}
     for run in runs:
-        start = start_of_training(study, run, states[run.name])
+        start = start_of_training(study, run, states)
         assert start is not None
         remarks += [f"{run.name}: {note}" for note in start.notes]
         times.append(None if start.state == "refused" else estimator.run(run, start))
@@ -47,6 +48,22 @@ def describe_plan(study: Study, only: Collection[str], progress: Progress, check
     if any(value is None for value in times):
         lines[-1] += ", and what has no estimate yet"
     return "\n".join(lines)
+
+
+def _remarks_on_starts(study: Study, states: Mapping[str, RunState], only: Collection[str]) -> list[str]:
+    """What a reader should know of the arms that begin with others, and of their runs."""
+    remarks = [f"{arm.name} begins with {arm.start}" for arm in study.file.arms if arm.start is not None]
+    for arm in dict.fromkeys(run.arm.name for run in study.selected(only)):
+        if only and arm not in only:
+            remarks.append(f"{arm} is included, because --only {' --only '.join(only)} begins with it")
+    for run in study.selected(only):
+        if run.start is None:
+            continue
+        if note := start_note(states[run.name], states[run.start.name]):
+            remarks.append(f"{run.name}: {note}")
+        if states[run.start.name].state == "refused" and not states[run.name].complete:
+            remarks.append(f"{run.name}: is not trained, because {run.start.name} is refused")
+    return remarks
 
 
 def _source(study: Study, state: RunState) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from gruppo.errors import UsageError
 from gruppo.runs.folder import RunFolder, foreign_entries
 from gruppo.study.arms import PlannedRun, Study, require_arms
-from gruppo.study.evaluations import final_evaluation, plan_evaluations
+from gruppo.study.evaluations import evaluations_of, plan_evaluations
 from gruppo.study.run_data import read_folder
 from gruppo.study.states import RunState, keep_states, read_states
 from gruppo.utils.disk import gigabytes, held_bytes
@@ -18,7 +18,8 @@ _ASIDE = ".deleted-"
 
 
 def prune(study: Study, only: Collection[str] = ()) -> list[str]:
-    """Delete the folders of runs whose record, and the records of all their evaluations, are complete.
+    """Delete the folders of runs whose record, and the records of all their evaluations, are complete, unless other
+    runs are to begin with their models.
 
     The missing records of what is done are written before. `only`: names of arms; all if empty. Returns a line for
     every folder of a run, deleted or not, and one with the space that is free now. Raises UsageError for an arm that
@@ -36,7 +37,7 @@ def prune(study: Study, only: Collection[str] = ()) -> list[str]:
     for run in study.runs:
         if not run.folder.is_dir() or (only and run.arm.name not in only):
             continue
-        if why := _why_not(study, run, states[run.name]):
+        if why := _why_not(study, run, states):
             lines.append(f"{run.name}: not deleted: {why}")
             continue
         freed = held_bytes(run.folder)
@@ -50,14 +51,15 @@ def prune(study: Study, only: Collection[str] = ()) -> list[str]:
     return [*lines, f"{gigabytes(total)} freed"]
 
 
-def _why_not(study: Study, run: PlannedRun, state: RunState) -> str:
+def _why_not(study: Study, run: PlannedRun, states: Mapping[str, RunState]) -> str:
     """Why the folder of a run is not deleted; "" if it can be."""
+    state = states[run.name]
     if not state.complete or state.data is None:
         return f"the run is {state.state}"
-    tables = study.file.evaluations
-    planned = [final_evaluation(study, table, run, state) for table in tables]
-    if left := [one.table.title for one in planned if not one.kept]:
+    if left := dict.fromkeys(one.table.title for one in evaluations_of(study, run, state) if not one.kept):
         return f"its model has not answered {', '.join(left)}; run the study first"
+    if waiting := [other.name for other in study.begun_with(run) if not states[other.name].complete]:
+        return f"{', '.join(waiting)} will begin with its model; run the study first"
     try:
         found = read_folder(run.folder)
     except (UsageError, OSError) as error:

@@ -20,7 +20,7 @@ from gruppo.models.loading import ModelSource, find_model, load_model
 from gruppo.models.policy import LanguageModel
 from gruppo.study.arms import Study
 from gruppo.study.contamination import recall, texts_of, words_of
-from gruppo.study.evaluations import PlannedEvaluation, initial_evaluation
+from gruppo.study.evaluations import PlannedEvaluation, untrained_evaluation
 from gruppo.study.record_files import read_facts, write_facts
 from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop
@@ -112,12 +112,13 @@ def _usable(texts: Sequence[str], title: str, field: str) -> list[str]:
 
 
 def _planned(study: Study) -> list[tuple[str, PlannedEvaluation]]:
-    """The evaluations whose recall counts, one per arm, with a hash of what it depends on."""
+    """The evaluations whose recall counts, one per arm without a start, with a hash of what it depends on."""
     found = [
-        initial_evaluation(study, table, study.runs_of(arm.name)[0])
+        untrained_evaluation(study, table, study.runs_of(arm.name)[0])
         for table in study.file.evaluations
         if table.recall
         for arm in study.file.arms
+        if arm.start is None
     ]
     return [(_key(planned), planned) for planned in found]
 

@@ -21,7 +21,7 @@ from gruppo.study.figures import write_figures
 from gruppo.study.file import INITIAL, EvaluationSet
 from gruppo.study.page import page_of
 from gruppo.study.recall_check import recall_of
-from gruppo.study.states import RunState, keep_states
+from gruppo.study.states import RunState, keep_states, start_note
 
 FILE = "study.json"
 
@@ -64,11 +64,11 @@ def _answered(study: Study, states: Mapping[str, RunState]) -> Answered:
     for table in study.file.evaluations:
         for run in study.runs:
             key = table.title, run.arm.name, run.seed
-            before = initial_evaluation(study, table, run)
+            before = initial_evaluation(study, table, run, states)
             if before.done:
                 if before.folder not in read:
                     read[before.folder] = before.questions()
-                initial[key] = read[before.folder]
+                initial[key] = (-1 if run.start is None else run.start.seed, read[before.folder])
             if states[run.name].complete and (after := final_evaluation(study, table, run, states[run.name])).done:
                 final[key] = after.questions()
     return Answered(final, initial)
@@ -77,11 +77,12 @@ def _answered(study: Study, states: Mapping[str, RunState]) -> Answered:
 def _content(study: Study, states: Mapping[str, RunState], answered: Answered) -> dict[str, Any]:
     """The content of study.json. Durations are in `runs` and `attempts` alone; all else is equal in equal studies."""
     file = study.file
+    starts = {run.name: run.start.name for run in study.runs if run.start is not None}
     return {
         "gruppo": __version__,
         "name": file.study.name,
         "title": file.study.title or file.study.name,
-        "budget": study.budget.given,
+        "budget": file.study.budget.given,
         "chosen_on": file.study.chosen_on,
         "recipe": file.recipe,
         "arms": [
@@ -91,11 +92,13 @@ def _content(study: Study, states: Mapping[str, RunState], answered: Answered) -
                 "recipe": arm.recipe,
                 "changes": written(arm.changes),
                 "chosen_on": arm.chosen_on,
+                "start": arm.start,
+                "budget": file.budget_of(arm).given,
                 "seeds": file.seeds_of(arm),
             }
             for arm in file.arms
         ],
-        "runs": [_run(state) for state in states.values()],
+        "runs": [_run(state, states.get(starts.get(name, ""))) for name, state in states.items()],
         "attempts": read_attempts(study.records),
         "evaluations": {table.title: _evaluation(study, table, answered) for table in file.evaluations},
         "questions": answer(file, answered),
@@ -105,7 +108,8 @@ def _content(study: Study, states: Mapping[str, RunState], answered: Answered) -
     }
 
 
-def _run(state: RunState) -> dict[str, Any]:
+def _run(state: RunState, start: RunState | None) -> dict[str, Any]:
+    note = "" if start is None else start_note(state, start)
     return {
         "name": state.name,
         "state": state.state,
@@ -114,7 +118,7 @@ def _run(state: RunState) -> dict[str, Any]:
         "label_tokens": state.label_tokens,
         "seconds": round(state.seconds, 1),
         "warnings": state.warnings,
-        "notes": state.notes,
+        "notes": [*state.notes, *([note] if note else [])],
         "weights_sha256": state.weights,
     }
 
@@ -127,9 +131,8 @@ def _evaluation(study: Study, table: EvaluationSet, answered: Answered) -> dict[
     found: dict[str, Any] = {"samples": table.samples, "seed": table.seed, "metrics": {}}
     for metric in metrics:
         _, kind, k = study.file.parsed(f"{table.title}/{metric}")
-        values = {
-            name: value_of(answered.table(table.title, name, kind, k))
-            for name in [INITIAL, *(arm.name for arm in study.file.arms)]
-        }
+        values = {arm.name: value_of(answered.table(table.title, arm.name, kind, k)) for arm in study.file.arms}
+        first = study.runs[0].arm.name
+        values = {INITIAL: value_of(answered.table(table.title, first, kind, k, initial=True)), **values}
         found["metrics"][metric] = {name: value for name, value in values.items() if value is not None}
     return found

@@ -27,8 +27,9 @@ class RunData:
     `recipe`: the text of its recipe.toml. `outcome`: how it ended, "unfinished" if it did not; `steps`: how many it
     has; `at`: the step at which it was last seen, if it failed. `saved`: the steps and the outer iterations that its
     last checkpoint has. `metrics`, `events`: the lines of its files. `tokens`: sampled by step; `label_tokens`: sampled
-    for labels of a reward model, by the step before them. `weights`: the hash of the trained model's. `missing`: what
-    its folder lacks, in words; of a run that has not ended, nothing.
+    for labels of a reward model, by the step before them. `weights`: the hash of the trained model's; `begun_with`: of
+    the model's before training, and `dtype` theirs ("" if not known). `missing`: what its folder lacks, in words; of a
+    run that has not ended, nothing.
     """
 
     recipe: str
@@ -41,6 +42,8 @@ class RunData:
     tokens: Mapping[int, int]
     label_tokens: Mapping[int, int]
     weights: str
+    begun_with: str
+    dtype: str
     missing: list[str]
 
     @property
@@ -52,7 +55,8 @@ class RunData:
 def read_folder(folder: Path) -> RunData:
     """What is in a run folder. Raises UsageError if it is damaged."""
     outcome, steps, weights = read_ending(folder)
-    status = read_status(folder)
+    status, environment = read_status(folder), folder / "environment.json"
+    begun_with, dtype = _beginning(read_object(environment) if environment.is_file() else {})
     return RunData(
         recipe=(folder / "recipe.toml").read_text(encoding="utf-8"),
         outcome=outcome,
@@ -64,6 +68,8 @@ def read_folder(folder: Path) -> RunData:
         tokens=tokens_by_step(folder),
         label_tokens=label_tokens_by_step(folder),
         weights=weights,
+        begun_with=begun_with,
+        dtype=dtype,
         missing=missing_parts(folder) if outcome in COMPLETE else [],
     )
 
@@ -81,6 +87,11 @@ def _ending(summary: Mapping[str, Any]) -> tuple[str, int, str]:
     steps = summary.get("steps", 0)
     weights = str(summary.get("weights_sha256") or "")
     return str(summary.get("state", "unfinished")), steps if type(steps) is int else 0, weights
+
+
+def _beginning(environment: Mapping[str, Any]) -> tuple[str, str]:
+    """The hash of the weights that a run began with, and their dtype; "" for what is not known."""
+    return str(environment.get("start_weights_sha256", "")), str(environment.get("chosen", {}).get("dtype", ""))
 
 
 def keep_run(folder: Path, data: RunData, record: Path) -> None:
@@ -102,6 +113,7 @@ def read_kept_run(folder: Path) -> RunData | None:
     with reading(folder, f"restore it from a copy, or delete {folder} to train again"):
         outcome, steps, weights = _ending(json.loads(record.files["summary.json"]))
         facts, files = record.facts, record.files
+        begun_with, dtype = _beginning(json.loads(files.get("environment.json", b"{}")))
         return RunData(
             recipe=files["recipe.toml"].decode(),
             outcome=outcome,
@@ -113,5 +125,7 @@ def read_kept_run(folder: Path) -> RunData | None:
             tokens={int(step): int(count) for step, count in facts["tokens"].items()},
             label_tokens={int(step): int(count) for step, count in facts["label_tokens"].items()},
             weights=weights,
+            begun_with=begun_with,
+            dtype=dtype,
             missing=[str(text) for text in facts["missing"]],
         )

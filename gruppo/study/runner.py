@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,11 @@ from gruppo.study.arms import PlannedRun, Study, require_arms
 from gruppo.study.attempts import attempt
 from gruppo.study.contamination_check import check_contamination
 from gruppo.study.estimate import Estimator, clock
-from gruppo.study.evaluations import PlannedEvaluation, final_evaluation, plan_evaluations, start_of_training
+from gruppo.study.evaluations import PlannedEvaluation, evaluations_of, plan_evaluations
 from gruppo.study.recall_check import measure_recall, recall_left
 from gruppo.study.spending import BudgetCallback
-from gruppo.study.states import RunState, keep_state, keep_states
+from gruppo.study.states import RunState, has_model, keep_state, keep_states
+from gruppo.study.work import start_of_training, work_left
 from gruppo.training.api import run_recipe
 from gruppo.training.callbacks import Callback
 from gruppo.types import Group
@@ -33,23 +34,6 @@ class Outcome:
 
     failed: dict[str, str] = field(default_factory=dict)
     left: list[str] = field(default_factory=list)
-
-
-def work_left(
-    study: Study, states: dict[str, RunState], only: Collection[str] = ()
-) -> tuple[list[PlannedRun], list[PlannedEvaluation]]:
-    """The runs to train, and the evaluations that can be done now. `only`: names of arms; all if empty."""
-    runs = [
-        run
-        for run in study.runs
-        if (not only or run.arm.name in only) and start_of_training(study, run, states[run.name]) is not None
-    ]
-    planned = [
-        evaluation
-        for evaluation in plan_evaluations(study, states)
-        if not evaluation.done and (evaluation.initial or not only or evaluation.run.arm.name in only)
-    ]
-    return runs, planned
 
 
 class StudyRunner:
@@ -78,26 +62,26 @@ class StudyRunner:
                 self._keep(planned)
         for planned in work_left(self.study, states, self.only)[1]:
             self._evaluate(planned)
-        for run in self.study.runs:
-            if self.only and run.arm.name not in self.only:
-                continue
-            if (start := start_of_training(self.study, run, states[run.name])) is not None:
-                self._train(run, start, states)
+        for run in self.study.selected(self.only):
+            if (begun := start_of_training(self.study, run, states)) is not None:
+                self._train(run, begun, states)
                 states[run.name] = keep_state(self.study, run)
-            if start_of_training(self.study, run, states[run.name]) is None:
-                for table in self.study.file.evaluations:
-                    self._evaluate(final_evaluation(self.study, table, run, states[run.name]))
+            if states[run.name].complete and start_of_training(self.study, run, states) is None:
+                for planned in evaluations_of(self.study, run, states[run.name]):
+                    self._evaluate(planned)
         return self.outcome
 
-    def _train(self, run: PlannedRun, start: RunState, states: dict[str, RunState]) -> None:
-        if start.state == "refused":
-            self._fail(run.name, "; ".join(start.notes))
+    def _train(self, run: PlannedRun, begun: RunState, states: dict[str, RunState]) -> None:
+        if begun.state == "refused":
+            self._fail(run.name, "; ".join(begun.notes))
             return
-        seconds = Estimator(self.study, states, self.progress, checks=self.deadline is not None).run(run, start)
+        if not self._has_start(run, states):
+            return
+        seconds = Estimator(self.study, states, self.progress, checks=self.deadline is not None).run(run, begun)
         if not self._fits(seconds):
-            self._leave(run.name, seconds)
+            self._leave(run.name, _no_time(seconds))
             return
-        callbacks: list[Callback] = [] if self.study.budget.steps else [BudgetCallback(self.study.budget, run.folder)]
+        callbacks: list[Callback] = [] if run.budget.steps else [BudgetCallback(run.budget, run.folder)]
         if self.deadline is not None:
             callbacks.append(_Deadline(self.deadline, self.stop))
         self.progress.note(f"Study {self.study.file.study.name}: {run.name}")
@@ -110,10 +94,21 @@ class StudyRunner:
 
         self._attempt(run.name, train)
 
+    def _has_start(self, run: PlannedRun, states: Mapping[str, RunState]) -> bool:
+        """Whether the model is there that a run begins with. If not, report it."""
+        start = run.start
+        if start is None or has_model(start, states[start.name]):
+            return True
+        if start.name in self.outcome.failed:
+            self._fail(run.name, f"it begins with {start.name}, which failed: {self.outcome.failed[start.name]}")
+        else:
+            self._leave(run.name, f"it begins with {start.name}, which is not trained yet")
+        return False
+
     def _measure_recall(self, planned: PlannedEvaluation) -> None:
         name = f"recall of {planned.table.title}"
         if not self._fits(None):
-            self._leave(name, None)
+            self._leave(name, _no_time(None))
             return
         self.progress.note(f"Study {self.study.file.study.name}: {name}")
 
@@ -130,7 +125,7 @@ class StudyRunner:
         states = {run.name: RunState(run.name) for run in self.study.runs}
         seconds = Estimator(self.study, states, self.progress, checks=False).evaluation(planned.table)
         if not self._fits(seconds):
-            self._leave(planned.name, seconds)
+            self._leave(planned.name, _no_time(seconds))
             return
         self.progress.note(f"Study {self.study.file.study.name}: evaluation {planned.name}")
 
@@ -176,9 +171,13 @@ class StudyRunner:
         left = self.deadline - time.monotonic()
         return left > (seconds or 0.0)
 
-    def _leave(self, name: str, seconds: float | None) -> None:
-        self.progress.note(f"Study {self.study.file.study.name}: no time left for {name} ({clock(seconds)})")
+    def _leave(self, name: str, why: str) -> None:
+        self.progress.note(f"Study {self.study.file.study.name}: {name} is left: {why}")
         self.outcome.left.append(name)
+
+
+def _no_time(seconds: float | None) -> str:
+    return f"there is no time for it ({clock(seconds)})"
 
 
 class _Deadline(Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,6 @@ from gruppo.errors import UsageError
 from gruppo.runs.changes import differences, length_problem
 from gruppo.runs.reading import reading
 from gruppo.study.arms import PlannedRun, Study
-from gruppo.study.file import Budget
 from gruppo.study.record_files import MANIFEST
 from gruppo.study.run_data import COMPLETE, RunData, keep_run, read_ending, read_folder, read_kept_run
 from gruppo.study.spending import reached_at, seconds_by_step, spent_by_step
@@ -90,12 +90,12 @@ def read_state(study: Study, run: PlannedRun) -> RunState:
     kept = RunState(run.name)
     try:
         if (data := read_kept_run(record)) is not None:
-            kept = replace(_judged(run, study.budget, data), recorded=True)
+            kept = replace(_judged(run, data), recorded=True)
     except UsageError as error:
         damage = str(error)
     if kept.complete and (_is_in_folder(run, kept) or not (run.folder / "recipe.toml").is_file()):
         return kept
-    found = folder_state(run, study.budget)
+    found = folder_state(run)
     if found.complete:
         return replace(found, remarks=_why_folder(record, kept, found, damage))
     if kept.complete:
@@ -113,8 +113,8 @@ def read_state(study: Study, run: PlannedRun) -> RunState:
 
 
 def has_model(run: PlannedRun, state: RunState) -> bool:
-    """Whether the folder of a complete run has the model that its training ended with."""
-    return (run.folder / "model").is_dir() and _is_in_folder(run, state)
+    """Whether a run is complete, and its folder has the model that its training ended with."""
+    return state.complete and run.model.is_dir() and _is_in_folder(run, state)
 
 
 def _is_in_folder(run: PlannedRun, state: RunState) -> bool:
@@ -151,21 +151,22 @@ def _left_over(study: Study, name: str) -> RunState:
     return _described(read_folder(study.folder / name), name, "left over", [note])
 
 
-def folder_state(run: PlannedRun, budget: Budget) -> RunState:
+def folder_state(run: PlannedRun) -> RunState:
     """The state of what is in the folder of a run."""
     if not (run.folder / "recipe.toml").is_file():
         return RunState(run.name)
     try:
         with reading(run.folder, "restore it, or delete it to train again"):
-            return _judged(run, budget, read_folder(run.folder))
+            return _judged(run, read_folder(run.folder))
     except UsageError as error:
         return RunState(run.name, "refused", notes=[str(error)])
 
 
-def _judged(run: PlannedRun, budget: Budget, data: RunData) -> RunState:
+def _judged(run: PlannedRun, data: RunData) -> RunState:
     """The state of a planned run of which this is there."""
-    if problem := refusal(run, budget, data):
+    if problem := refusal(run, data):
         return _described(data, run.name, "refused", [problem])
+    budget = run.budget
     spent = spent_by_step(budget, data.tokens, data.metrics)
     reached = reached_at(budget, {step: amount for step, amount in spent.items() if step <= data.steps}) is not None
     ended = data.outcome in COMPLETE and (reached or data.steps >= run.recipe.run.steps)
@@ -196,14 +197,17 @@ def _described(data: RunData, name: str, state: str, notes: list[str]) -> RunSta
     )
 
 
-def refusal(run: PlannedRun, budget: Budget, data: RunData) -> str | None:
+def refusal(run: PlannedRun, data: RunData) -> str | None:
     """Why what is there of a planned run is not that run, in words; None if it is, or can become it.
 
-    Fields that change nothing that the run computes may differ. A run can go on to a larger budget.
+    Fields that change nothing that the run computes may differ, and so may the place of the folder of its start. A run
+    can go on to a larger budget.
     """
     with reading(run.folder / "recipe.toml", "restore the recipe of the run"):
         before = load_recipe(translate_recipe(tomllib.loads(data.recipe)))
-    found = differences(before, run.recipe)
+    budget, found = run.budget, differences(before, run.recipe)
+    if run.start is not None and _last_names(before.model.name) == _last_names(run.recipe.model.name):
+        found = [change for change in found if change.field != "model.name"]
     fix = "restore it, or give the arm another name"
     changed = [
         change
@@ -219,3 +223,25 @@ def refusal(run: PlannedRun, budget: Budget, data: RunData) -> str | None:
     if reached is not None and data.steps > reached:
         return f"its budget is {budget}, which it reached with step {reached}, but it has {data.steps} steps; {fix}"
     return None
+
+
+def _last_names(model: str) -> list[str]:
+    """What the folder of the model of a run has the same on all machines: arm, seed and "model"."""
+    return re.split(r"[/\\]", model)[-3:]
+
+
+def start_note(run: RunState, start: RunState) -> str:
+    """That a run began with other weights than its start has now, in words; "" if it did not, or if nothing is known.
+
+    The start may have been trained again elsewhere, where rounding differs. The results of the run count all the same.
+    """
+    if run.data is None or not run.data.begun_with or not start.complete or start.data is None:
+        return ""
+    begun, there = (f"weights {weights[:12]}" for weights in (run.data.begun_with, start.weights))
+    if run.data.dtype != start.data.dtype:
+        return (
+            f"began with {begun} in {run.data.dtype}, which cannot be compared with those of its start, in "
+            f"{start.data.dtype}"
+        )
+    same = run.data.begun_with == start.weights
+    return "" if same else f"began with {begun}, and the start that is there has {there}"

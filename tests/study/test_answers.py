@@ -28,7 +28,8 @@ def answers(pattern: str) -> list[Answers]:
 def of(low: list[str], high: list[str], initial: str) -> Answered:
     final = {("letters", "low", seed): answers(pattern) for seed, pattern in enumerate(low, start=1)}
     final |= {("letters", "high", seed): answers(pattern) for seed, pattern in enumerate(high, start=1)}
-    return Answered(final, {("letters", arm, seed): answers(initial) for arm in ("low", "high") for seed in (1, 2)})
+    before = (-1, answers(initial))
+    return Answered(final, {("letters", arm, seed): before for arm in ("low", "high") for seed in (1, 2)})
 
 
 def test_a_clear_difference_is_claimed(file: StudyFile) -> None:

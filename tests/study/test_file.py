@@ -59,6 +59,14 @@ def test_a_recipe_is_a_file_or_a_packaged_name(study_file: Path) -> None:
         ("title", "[title", ["cannot be read as TOML"]),
         ('name = "low"', 'name = "records"', ["reserved"]),
         ("questions = 4", 'questions = 4\nrecall_control = "gsm8k"', ["recall_control", "without recall = true"]),
+        ('label =', 'start = "hihg"\nlabel =', ['arms: low: start = "hihg": is no arm; did you mean "high"?']),
+        ('label =', 'start = "low"\nlabel =', ['arms: low: start = "low": low begins with low, so', "remove start"]),
+        ("[[evaluations]]", 'start = "high"\n[[evaluations]]', ['arms: high: start = "high": high begins with high']),
+        ('label =', 'start = "high"\nbudget = {{ steps = 0 }}\nlabel =', ["arms.0.budget.steps = 0"]),
+        ('label =', 'start = "high"\nchanges.model.name = "x"\nlabel =', [
+            'arm low: model.name = "x": the arm begins with the model of start = "high"; remove one of the two',
+        ]),
+        ('label =', 'start = "high"\nrecipe.model.name = "x"\nlabel =', ['arm low: model.name = "x"', "remove one"]),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(tmp_path: Path, old: str, new: str, words: list[str]) -> None:
@@ -100,3 +108,11 @@ def test_every_field_is_explained() -> None:
     for name in ("Head", "Budget", "Arm", "EvaluationSet", "Question", "FigureTable"):
         for field, schema in definitions[name]["properties"].items():
             assert schema.get("description"), f"{name}.{field}"
+
+
+def test_arms_that_begin_with_each_other_are_refused(tmp_path: Path) -> None:
+    text = STUDY.replace("label =", 'start = "high"\nlabel =').replace(
+        "[[evaluations]]", 'start = "low"\n[[evaluations]]'
+    )
+    with pytest.raises(UsageError, match=r'arms: low: start = "high": low begins with high begins with low, so none'):
+        load_study(write_study(tmp_path, "tiny", text=text))

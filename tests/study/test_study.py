@@ -102,7 +102,7 @@ def test_a_finished_study_does_nothing(finished: Path, monkeypatch: pytest.Monke
 def test_an_interruption_at_the_end_of_the_budget_does_not_add_a_step(finished: Path) -> None:
     one = load_study(finished).runs[0]
     steps = len(tokens_by_step(one.folder))
-    callback = BudgetCallback(load_study(finished).budget, one.folder)
+    callback = BudgetCallback(one.budget, one.folder)
     assert callback.on_start(steps) is STOP
     assert callback.on_start(steps - 1) is None
     assert callback.on_start(0) is None
