@@ -74,7 +74,7 @@ def test_a_recipe_is_shown_once() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "gruppo.cli.main"]
     command += ["train", "quickstart", "--set", "cluster.trainers=2", "--show"]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-    assert shown.stdout.count("[cluster]") == 1
+    assert shown.stdout.count("\n[cluster]\n") == 1
 
 
 SLOW = """
@@ -87,19 +87,22 @@ def slow(completions, **_):
 
 
 @pytest.mark.parametrize(
-    ("stopped", "phase"), [(1, "Updating"), (0, "Updating"), (0, "Scoring")], ids=["follower", "leader", "idle"]
+    ("stopped", "scoring"), [(1, False), (0, False), (0, True)], ids=["follower", "leader", "idle"]
 )
 def test_a_rank_that_is_stopped_ends_the_run_with_its_name(
-    tiny_folder: str, tmp_path: Path, stopped: int, phase: str
+    tiny_folder: str, tmp_path: Path, stopped: int, scoring: bool
 ) -> None:
     """While the leader scores, the other ranks exchange nothing with it."""
     changes: dict[str, Any] = {"cluster__patience": 15.0, "run__steps": 4000, **CONSTANT}
-    if phase == "Scoring":
+    if scoring:
         (tmp_path / "slow.py").write_text(SLOW)
         changes |= {"reward__functions": [f"{tmp_path / 'slow.py'}:slow"], "reward__timeout": 300.0}
     process = start(recipe_file(tiny_folder, tmp_path, **changes), tmp_path / "run")
-    status = tmp_path / "run/status.json"
-    wait(lambda: status.is_file() and json.loads(status.read_text())["phase"] == phase)
+    status, metrics = (tmp_path / "run" / name for name in ("status.json", "metrics.jsonl"))
+    if scoring:
+        wait(lambda: status.is_file() and json.loads(status.read_text())["phase"] == "Scoring")
+    else:
+        wait(lambda: metrics.is_file() and len(lines(tmp_path / "run")) >= 1)
     os.kill(process_of(process.pid, stopped), signal.SIGSTOP)
     output, _ = process.communicate(timeout=150)
     assert process.returncode != 0
