@@ -36,7 +36,7 @@ BIN := $(VENV)/bin
 INSTALL := python -m pip install --quiet --disable-pip-version-check
 PIP := $(BIN)/$(INSTALL) -c constraints.txt
 VERIFIED := $(BIN)/$(INSTALL) --require-hashes --no-deps
-CODE := gruppo tests benchmarks scripts examples
+CODE := gruppo tests benchmarks scripts examples studies
 
 .PHONY: quickstart ui test test-cluster check unit bubblewrap torture torture-cluster fuzz test-wheel test-transformers test-lean test-notebook docs bench accelerator format schema architecture plan-tables coming-from coming-from-trl test-gguf test-vllm lock licences clean
 
