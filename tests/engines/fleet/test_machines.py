@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gruppo.runs.reading import read_lines
 from gruppo.training.api import train
@@ -54,10 +55,11 @@ def whole(two: Scene, recipe_file: Path) -> Path:
 
 
 def run(two: Scene, recipe_file: Path, out: Path, look: Callable[[], None]) -> None:
-    """`gruppo train` on the first machine. `look` is called again and again meanwhile."""
+    """`gruppo train` on the first machine, with as many threads as the tests have. `look` is called meanwhile."""
+    environment = os.environ | TOKEN | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     command = [sys.executable, "-m", "gruppo.cli.main", "train", str(recipe_file), "--out", str(out)]
     with (recipe_file.parent / "log.txt").open("w+") as log:
-        process = subprocess.Popen(two.home.command(*command), env=os.environ | TOKEN, stdout=log, stderr=log)
+        process = subprocess.Popen(two.home.command(*command), env=environment, stdout=log, stderr=log)
         deadline = time.monotonic() + 600
         while process.poll() is None:
             assert time.monotonic() < deadline

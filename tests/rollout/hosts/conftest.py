@@ -21,8 +21,7 @@ MakeHosts = Callable[..., "Hosts"]
 
 @pytest.fixture(scope="session")
 def running_ray() -> Iterator[None]:
-    from gruppo.engines.fleet.runtime import Runtime
-
+    from gruppo.actors.runtime import Runtime
     from gruppo.config.cluster_section import Cluster
 
     runtime = Runtime(Cluster(reward_hosts=8), False, 0)
@@ -32,7 +31,7 @@ def running_ray() -> Iterator[None]:
 
 @pytest.fixture
 def open_new(running_ray: None) -> Iterator[MakeHosts]:
-    """Hosts of their own for a test, and in `told` what they notify of."""
+    """Hosts of their own for a test, open until it ends."""
     from gruppo.rollout.hosts.hosts import Hosts
 
     with ExitStack() as stack:
