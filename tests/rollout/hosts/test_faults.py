@@ -171,6 +171,7 @@ def test_a_call_that_ends_its_host_again_and_again_fails(two: tuple[Hosts, Event
         (bad,), (good,) = opened.score([group("poison"), group("a")], {})[0]
     assert re.match(r"ends_its_host: its process was lost 3 times; the last time: its process was", str(bad.failure))
     assert good.total == 1.0
+    hosts.report()
     assert [kind for kind, _ in events].count("reward_host_lost") == 3
 
 
