@@ -73,7 +73,7 @@ test-wheel: $(VENV)/.ready
 	sh scripts/test_wheel.sh $(VENV)
 
 # Half an hour: each kind of tiny model starts two engines once.
-test-cluster: .venv-cluster/.ready
+test-cluster: .venv-cluster/.ready bubblewrap
 	.venv-cluster/bin/python -m pytest -m "cluster or not cluster" tests/cluster tests/engines/fleet tests/rollout/hosts
 
 # Ray alone: gruppo and what it needs are seen where they are, in $(VENV).

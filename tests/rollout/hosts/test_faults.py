@@ -214,7 +214,7 @@ def test_without_hosts_the_run_ends_after_a_while(
     hosts, _ = two
     hosts.patience = 2.0
     monkeypatch.setattr(hosts_module, "START_SECONDS", 2.0)
-    monkeypatch.setattr("gruppo.rollout.hosts.member.HOST_CPUS", 1000)
+    monkeypatch.setattr("gruppo.rollout.hosts.member.ACTOR_CPUS", 1000)
     with pool(hosts, "length", ["gate"]) as opened:
         kill(hosts, 0)
         kill(hosts, 1)
