@@ -43,11 +43,12 @@ class Footprint:
     as the trainable weights have. `moments`: the optimizer's. `critic`: the weights of a value or reward model, its
     optimizer state and copies. `prepared`: copies of weights in the compute dtype, alive during computation. `kept`:
     what forward keeps for backward, one coefficient for each of `_terms`. `cache_token`: keys and values of one token
-    in all layers. `state_token`: one hidden state. `logits_token`: the logits of one token in float32. `wide`: bytes of
-    one number in the accumulation dtype. `accelerator`: the policy is not on a CPU. `gathered`: what a rank of several
-    has gathered of the other ranks' weights at a time: two layers, and all that is outside of layers. `fused`: the
-    policy is trained by gruppo's own decoder. `narrow`: bytes of a number in the compute dtype. `kernels`: gruppo's
-    kernels attend and sample in decoding steps. `packed_head`: the copy of the output head that sampling makes.
+    in all layers. `state_token`: one hidden state. `logits_token`: the logits of one token in float32. `kept_logit`:
+    bytes of a logit that is kept for the backward pass. `wide`: bytes of one number in the accumulation dtype.
+    `accelerator`: the policy is not on a CPU. `gathered`: what a rank of several has gathered of the other ranks'
+    weights at a time: two layers, and all that is outside of layers. `fused`: the policy is trained by gruppo's own
+    decoder. `narrow`: bytes of a number in the compute dtype. `kernels`: gruppo's kernels attend and sample in decoding
+    steps. `packed_head`: the copy of the output head that sampling makes.
     """
 
     process: int
@@ -69,6 +70,7 @@ class Footprint:
     narrow: int = 4
     kernels: bool = False
     packed_head: int = 0
+    kept_logit: int = 4
 
     def activations(self, layout: Layout, recompute: bool) -> int:
         """Bytes that forward keeps for backward; with recomputation, the input of every layer and all of one layer."""
@@ -127,6 +129,7 @@ def measure_footprint(
         narrow=policy.dtype.itemsize,
         kernels=policy.body is not None and why_missing(policy.dtype) is None,
         packed_head=0 if scalar else _packed_bytes(policy.head.weight),
+        kept_logit=0 if scalar else policy.head.logit_dtype.itemsize,
     )
 
 

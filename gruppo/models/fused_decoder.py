@@ -25,7 +25,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers.activations import SiLUActivation
 
 from gruppo.models.attention.interface import AttentionPlan, Layer, ProjectedAttention
+from gruppo.models.attention.shared_prefix import SharedPrefixAttention
 from gruppo.models.generation import Generation
+from gruppo.models.ops.attention import PackedLayout, attend_packed, attend_packed_backward
 from gruppo.models.ops.linear import packed, product
 from gruppo.models.ops.norm import add_norm, norm_backward
 from gruppo.models.ops.rope import QKNorm, Rope, apply_rope, apply_rope_backward
@@ -125,6 +127,11 @@ class _Prepared:
     def queries(self) -> int:
         """The number of query heads."""
         return int(self.block.self_attn.q_proj.out_features // self.block.self_attn.head_dim)
+
+    @cached_property
+    def keys(self) -> int:
+        """The number of key heads."""
+        return int(self.block.self_attn.k_proj.out_features // self.block.self_attn.head_dim)
 
     @cached_property
     def norms(self) -> QKNorm:
@@ -265,8 +272,14 @@ class _Embedding(torch.autograd.Function):
 
 
 def _trained(prepared: _Prepared, hidden: Tensor, rope: Rope, plan: AttentionPlan, batch: int) -> Tensor:
-    query, key, value = _QueryKeyValue.apply(hidden, prepared, rope, *prepared.parameters)  # type: ignore[no-untyped-call]
-    attended = _attend(prepared.layer, query, key, value, plan, batch)
+    attention, packing = prepared.block.self_attn, None
+    if isinstance(plan, SharedPrefixAttention):
+        packing = plan.packing(prepared.layer, hidden.new_empty(0, prepared.keys, attention.head_dim))
+    if packing is None:
+        query, key, value = _QueryKeyValue.apply(hidden, prepared, rope, *prepared.parameters)  # type: ignore[no-untyped-call]
+        attended = _attend(prepared.layer, query, key, value, plan, batch)
+    else:
+        attended = _Attended.apply(hidden, prepared, rope, packing, *prepared.parameters)  # type: ignore[no-untyped-call]
     output: Tensor = _Rest.apply(attended, hidden, prepared, *prepared.parameters)  # type: ignore[no-untyped-call]
     return output
 
@@ -311,26 +324,74 @@ def _attend(layer: Layer, query: Tensor, key: Tensor, value: Tensor, plan: Atten
 class _QueryKeyValue(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, prepared: _Prepared, rope: Rope, *_: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        normed = _normed(hidden, None, prepared.block.input_layernorm, prepared.dtype)[1]
-        projected = prepared.qkv(normed).view(len(hidden), -1, prepared.block.self_attn.head_dim)
+        projected = _projected(prepared, hidden)
         ctx.save_for_backward(hidden, None if prepared.norms[0] is None else projected, *rope)
         ctx.prepared = prepared
         return apply_rope(projected, prepared.queries, rope, prepared.norms, hidden.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, projected, cos, sin = ctx.saved_tensors
+        hidden, projected, *rope = ctx.saved_tensors
         prepared: _Prepared = ctx.prepared
-        with torch.autocast(hidden.device.type, enabled=False):
-            grad_dtype = hidden.dtype if projected is not None else prepared.dtype
-            query, key, value = (grad.contiguous() for grad in grads)
-            rows = apply_rope_backward(query, key, value, (cos, sin), grad_dtype)
-            if projected is not None:
-                rows = _head_norms_backward(prepared, rows, projected).to(prepared.dtype)
-            normed = _normed(hidden, None, prepared.block.input_layernorm, prepared.dtype)[1]
-            grad = prepared.qkv.backward(rows.flatten(1), normed)
-            grad_hidden = _norm_backward(grad, hidden, prepared.block.input_layernorm)
-            return grad_hidden, None, None, *(None for _ in prepared.parameters)
+        grad_hidden = _projected_backward(prepared, hidden, projected, grads, (rope[0], rope[1]))
+        return grad_hidden, None, None, *(None for _ in prepared.parameters)
+
+
+class _Attended(torch.autograd.Function):
+    """`_QueryKeyValue`, then the attention of packed rows.
+
+    For backward it keeps the projected rows and makes the heads of them again. In bfloat16 they take half of the memory
+    of the heads, and those of heads with norms are needed anyway.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, prepared: _Prepared, rope: Rope, packing: PackedLayout, *_: Tensor) -> Tensor:
+        projected, layer = _projected(prepared, hidden), prepared.layer
+        heads = _heads(prepared, projected, rope, hidden.dtype)
+        attended, normalizer = attend_packed(*heads, packing, layer.scale, layer.window)
+        ctx.save_for_backward(hidden, projected, attended, normalizer, *rope)
+        ctx.rest = prepared, packing
+        return attended.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, projected, attended, normalizer, cos, sin = ctx.saved_tensors
+        prepared, packing = ctx.rest
+        heads, layer = _heads(prepared, projected, (cos, sin), hidden.dtype), prepared.layer
+        grad, result = grad.contiguous().view_as(attended), (attended, normalizer)
+        grads = attend_packed_backward(grad, heads, result, packing, layer.scale, layer.window)
+        grad_hidden = _projected_backward(prepared, hidden, projected, grads, (cos, sin))
+        return grad_hidden, None, None, None, *(None for _ in prepared.parameters)
+
+
+def _projected(prepared: _Prepared, hidden: Tensor) -> Tensor:
+    """Rows [queries, keys, values] of a layer's input, before norms of heads and rotary embeddings."""
+    normed = _normed(hidden, None, prepared.block.input_layernorm, prepared.dtype)[1]
+    return prepared.qkv(normed).view(len(hidden), -1, prepared.block.self_attn.head_dim)
+
+
+def _projected_backward(
+    prepared: _Prepared, hidden: Tensor, projected: Tensor | None, grads: Sequence[Tensor], rope: Rope
+) -> Tensor:
+    """The gradient of a layer's input. `grads`: of the heads that `apply_rope` makes of the projected rows.
+
+    `projected` is needed if heads have norms.
+    """
+    with torch.autocast(hidden.device.type, enabled=False):
+        has_norms = prepared.norms[0] is not None
+        query, key, value = (grad.contiguous() for grad in grads)
+        rows = apply_rope_backward(query, key, value, rope, hidden.dtype if has_norms else prepared.dtype)
+        if has_norms:
+            assert projected is not None
+            rows = _head_norms_backward(prepared, rows, projected).to(prepared.dtype)
+        normed = _normed(hidden, None, prepared.block.input_layernorm, prepared.dtype)[1]
+        grad = prepared.qkv.backward(rows.flatten(1), normed)
+        return _norm_backward(grad, hidden, prepared.block.input_layernorm)
+
+
+def _heads(prepared: _Prepared, projected: Tensor, rope: Rope, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = apply_rope(projected, prepared.queries, rope, prepared.norms, dtype)
+    return query.contiguous(), key.contiguous(), value.contiguous()
 
 
 def _head_norms_backward(prepared: _Prepared, grad: Tensor, projected: Tensor) -> Tensor:

@@ -278,20 +278,19 @@ def _resident(fragments: float, allocated: int) -> int:
 
 
 def _logits(footprint: Footprint, layout: Layout) -> int:
-    """The peak of `token_logprobs`: a chunk's logits for a part of the vocabulary, three times, and on an accelerator
-    their part of the weight's gradient, which is the whole weight.
+    """The peak of `token_logprobs`: the logits that it keeps, and three times those of a chunk for a part of the
+    vocabulary; on an accelerator also their part of the weight's gradient, which is the whole weight.
 
     A head without a gradient also needs that gradient, which `Footprint.gradients` already counts.
     """
     vocabulary = footprint.logits_token // footprint.wide
     if not vocabulary:  # a reward model
         return 0
-    most, entries = logit_block(vocabulary, footprint.wide, footprint.accelerator)
-    chunk, part = (
-        min(most, sum(length + 1 for _, completions in layout for length in completions)),
-        min(entries, vocabulary),
-    )
-    return 3 * chunk * part * footprint.wide + (part * footprint.state_token if footprint.accelerator else 0)
+    most, entries, room = logit_block(vocabulary, footprint.wide, footprint.accelerator)
+    tokens = sum(length + 1 for _, completions in layout for length in completions)
+    chunk, part = min(most, tokens), min(entries, vocabulary)
+    kept = min(room, tokens * vocabulary * footprint.kept_logit)
+    return kept + 3 * chunk * part * footprint.wide + (part * footprint.state_token if footprint.accelerator else 0)
 
 
 SMALLER = "a smaller sampling.max_tokens, a smaller task.max_prompt_tokens, a smaller model, or method.kl_coef = 0"

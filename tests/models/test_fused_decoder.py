@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from gruppo.algorithms.aggregation import sequence_mean_weights
 from gruppo.config.sections import Optimizer
+from gruppo.models import fused_decoder
 from gruppo.models.compatibility import wrap_model
+from gruppo.models.footprint import saved_bytes
+from gruppo.models.ops.cpu.build import why_missing
 from gruppo.models.ops.linear import packed, product
 from gruppo.models.packing import Batch, pack, score
 from gruppo.models.policy import LanguageModel
@@ -46,6 +51,40 @@ def test_gradients_equal_the_modules(name: str) -> None:
     assert fused.keys() == expected.keys()
     for key, gradient in expected.items():
         torch.testing.assert_close(fused[key], gradient, atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.skipif(why_missing(torch.float32) is not None, reason="no C compiler here")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", FUSED)
+def test_projected_rows_are_kept_in_place_of_heads(
+    monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
+) -> None:
+    """With heads as wide as the kernels need: against the modules in float64, and against heads that are kept."""
+    features, make_config = ARCHITECTURES[name]
+
+    def with_wide_heads() -> PreTrainedConfig:
+        config = make_config()
+        config.head_dim = 16
+        return config
+
+    monkeypatch.setitem(ARCHITECTURES, name, (features, with_wide_heads))
+    policy, layout = make_architecture(name, dtype), [(8, [5, 7])]
+    found, recomputed = gradients(policy), gradients(replace(policy, recompute=True))
+    with policy.precision():
+        kept = saved_bytes(policy, layout)
+        monkeypatch.setattr(fused_decoder, "SharedPrefixAttention", type(None))
+        kept_heads = saved_bytes(policy, layout)
+    heads = policy.model.config.num_attention_heads + 2 * policy.model.config.num_key_value_heads
+    row = heads * 16 * (4 if name == "qwen3" else 4 - dtype.itemsize)
+    assert kept_heads - kept == policy.model.config.num_hidden_layers * 20 * row
+    for key, gradient in gradients(policy).items():
+        assert torch.equal(gradient, found[key])
+        assert torch.equal(gradient, recomputed[key])
+    expected = gradients(replace(make_architecture(name, torch.float64), body=None))
+    distance = sum(float((found[key] - each).square().sum()) for key, each in expected.items())
+    size = sum(float(each.square().sum()) for each in expected.values())
+    assert found.keys() == expected.keys()
+    assert math.sqrt(distance / size) < (1e-5 if dtype == torch.float32 else 0.1)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -13,7 +13,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gruppo.models.footprint import Footprint
-from gruppo.models.logprobs import CHUNK_BYTES, CHUNK_SIZE, PART_SIZE, OutputHead, logit_block, token_logprobs
+from gruppo.models.logprobs import (
+    CHUNK_BYTES,
+    CHUNK_SIZE,
+    KEPT_BYTES,
+    PART_SIZE,
+    OutputHead,
+    logit_block,
+    token_logprobs,
+)
 from gruppo.training.memory_estimate import _logits
 
 VOCABULARY, WIDTH = 700, 16
@@ -25,13 +33,13 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_block_of_an_accelerator_is_the_whole_vocabulary() -> None:
-    assert logit_block(151_936, 4, accelerator=False) == (CHUNK_SIZE, PART_SIZE)
+    assert logit_block(151_936, 4, accelerator=False) == (CHUNK_SIZE, PART_SIZE, KEPT_BYTES)
     for vocabulary, itemsize in ((32_000, 4), (151_936, 4), (262_144, 4), (151_936, 8)):
-        tokens, entries = logit_block(vocabulary, itemsize, accelerator=True)
-        assert entries == vocabulary
+        tokens, entries, kept = logit_block(vocabulary, itemsize, accelerator=True)
+        assert (entries, kept) == (vocabulary, 0)
         assert CHUNK_BYTES - 64 * vocabulary * itemsize < tokens * vocabulary * itemsize <= CHUNK_BYTES
         assert tokens % 64 == 0
-    assert logit_block(10**9, 4, accelerator=True) == (64, 10**9)
+    assert logit_block(10**9, 4, accelerator=True) == (64, 10**9, 0)
 
 
 def inputs(count: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -112,22 +120,25 @@ class Memory(TorchDispatchMode):
 def test_the_forecast_covers_what_is_allocated(
     accelerator: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never tokens × vocabulary at once: 512 tokens in chunks of 64 need less than three chunks and the gradient."""
+    """Never tokens × vocabulary at once: 512 tokens in chunks of 64 need less than three chunks, what is kept, and the
+    gradient."""
     monkeypatch.setattr("gruppo.models.logprobs.CHUNK_BYTES", 64 * VOCABULARY * 4)
     monkeypatch.setattr("gruppo.models.logprobs.CHUNK_SIZE", 64)
     monkeypatch.setattr("gruppo.models.logprobs.PART_SIZE", 200)
+    monkeypatch.setattr("gruppo.models.logprobs.KEPT_BYTES", 150 * VOCABULARY * dtype.itemsize)
     count = 512
     hidden, weight, targets = inputs(count, dtype)
     hidden, weight = hidden.float().requires_grad_(), weight.requires_grad_()
     master = weight.detach().float().requires_grad_()
     master.grad = torch.zeros_like(master)  # counted with the gradients
-    tokens, entries = logit_block(VOCABULARY, 4, accelerator)
+    tokens, entries, kept = logit_block(VOCABULARY, 4, accelerator)
     with Memory([hidden, weight, targets, master, master.grad]) as memory:
-        got, _ = token_logprobs(hidden, OutputHead(weight, master=master), targets, 0.9, tokens, entries)
+        got, _ = token_logprobs(hidden, OutputHead(weight, master=master), targets, 0.9, tokens, entries, kept)
         got.sum().backward()
     footprint = Footprint(
         process=0, weights=0, gradients=0, moments=0, reference=0, critic=0, prepared=0, kept=(), layers=1,
         cache_token=0, state_token=4 * WIDTH, logits_token=4 * VOCABULARY, wide=4, accelerator=accelerator,
+        kept_logit=dtype.itemsize,
     )  # fmt: skip
     forecast = _logits(footprint, [(1, [count - 1])])
     per_token = count * (4 * WIDTH + 6 * 4)  # the gradient of the hidden states, and vectors over the tokens

@@ -5,6 +5,7 @@ import torch
 
 from gruppo.algorithms.kl import kl_estimate
 from gruppo.models.logprobs import OutputHead, token_logprobs
+from gruppo.models.ops.linear import product
 
 
 def inputs(count: int = 11) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -53,6 +54,42 @@ def test_head_with_bias_scale_and_soft_cap(scale: float, softcap: float | None, 
     )
     for one, other in pairs:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("scale", "softcap"), [(1.0, None), (2.5, 1.5)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_kept_logits_change_no_bit(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, scale: float, softcap: float | None
+) -> None:
+    """Chunks of 4, 4 and 3 tokens, parts of 5, 5 and 3 entries: 9 products forward, and as many as were not kept again.
+    A second backward pass finds nothing kept."""
+    computed: list[int] = []
+
+    def counted(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        computed.append(len(rows) * len(weight))
+        return product(rows, weight)
+
+    monkeypatch.setattr("gruppo.models.logprobs.product", counted)
+    hidden, weight, targets = inputs()
+    wide = torch.promote_types(dtype, torch.float32)
+    hidden, weight = hidden.detach().to(wide).requires_grad_(), weight.detach().to(dtype)
+    itemsize = (dtype if softcap is None else wide).itemsize
+    factors, gradients = torch.linspace(-1, 1, len(targets), dtype=wide), []
+    for kept_bytes, again in ((0, 9), (52 * itemsize, 6), (10**9, 0)):
+        computed.clear()
+        master = weight.detach().to(wide).requires_grad_()
+        head = OutputHead(weight, None, scale, softcap, master)
+        got, _ = token_logprobs(hidden, head, targets, 0.8, 4, 5, kept_bytes)
+        for passes in (1, 2):
+            hidden.grad = master.grad = None
+            (got * factors).sum().backward(retain_graph=True)
+            assert len(computed) == 9 + again + (passes - 1) * 9
+            assert hidden.grad is not None
+            assert master.grad is not None
+            gradients.append(torch.cat([hidden.grad.flatten(), master.grad.flatten()]))
+    assert sum(computed[:9]) == 11 * 13
+    for gradient in gradients[1:]:
+        assert torch.equal(gradient, gradients[0])
 
 
 def test_gradcheck() -> None:

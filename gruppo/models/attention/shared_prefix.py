@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -43,8 +44,8 @@ class SharedPrefixAttention:
     def attend(self, layer: Layer, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """See `AttentionPlan`; B = 1."""
         rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]
-        if layer.softcap is None and layer.sinks is None and self._layout.fits(*rows):
-            packed: Tensor = _Packed.apply(*rows, self._layout, layer.scale, layer.window)  # type: ignore[no-untyped-call]
+        if (layout := self.packing(layer, *rows)) is not None:
+            packed: Tensor = _Packed.apply(*rows, layout, layer.scale, layer.window)  # type: ignore[no-untyped-call]
             return packed[None]
         sizes = [size for prompt, completions in self.groups for size in (prompt, sum(completions))]
         parts = zip(*(tensor.split(sizes) for tensor in rows), strict=True)
@@ -55,6 +56,11 @@ class SharedPrefixAttention:
             if completions:
                 output.append(self._completions(layer, suffix, k, v, completions))
         return torch.cat(output)[None]
+
+    def packing(self, layer: Layer, *rows: Float[Tensor, "N heads D"]) -> PackedLayout | None:
+        """The layout with which `attend_packed` computes this layer's attention of such rows; None if it cannot."""
+        fits = layer.softcap is None and layer.sinks is None and self._layout.fits(*rows)
+        return self._layout if fits else None
 
     def _prompt(self, layer: Layer, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         length = q.shape[2]

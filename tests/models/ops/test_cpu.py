@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -313,3 +315,20 @@ def test_packed_attention_and_its_gradient(heads: int, keys: int, width: int, wi
     for gradient, tensor in zip(gradients, (query, key, value), strict=True):
         assert tensor.grad is not None
         torch.testing.assert_close(gradient.double(), tensor.grad, rtol=1e-4, atol=1e-5)
+
+
+@needs_compiler
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the options are those of x86-64")
+@pytest.mark.parametrize("without", ["-mno-avx", "-mno-avx512f"])
+def test_attention_with_narrower_registers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, without: str) -> None:
+    """The kernels of processors whose registers hold 4 or 8 floats."""
+    monkeypatch.setenv("GRUPPO_CACHE", str(tmp_path))
+    monkeypatch.setattr(build, "_FLAGS", (*build._FLAGS, without))
+    monkeypatch.setattr(build, "_found", cache(build._found.__wrapped__))
+    monkeypatch.setattr("gruppo.models.ops.attention.library", build.library.__wrapped__)
+    monkeypatch.setattr("gruppo.models.ops.cpu.bindings.library", build.library.__wrapped__)
+    torch.manual_seed(0)
+    test_attention_of_a_decoding_step(torch.float32, 48, 3, True)
+    test_packed_attention_and_its_gradient(9, 3, 64, 5)
+    test_packed_attention_and_its_gradient(4, 4, 48, None)
+    assert len([*tmp_path.rglob("*.so")]) == 1

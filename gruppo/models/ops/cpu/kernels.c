@@ -1,9 +1,10 @@
 /* What stands between a decoder's matrix products, a pass over memory each: norms, rotary positions, gates, attention of
- * a decoding step, log-probabilities, sampling. `gruppo/maths/fused.py` says what each computes and has the same in torch.
+ * a decoding step and of packed rows, log-probabilities, sampling. The functions of `gruppo/models/ops` that call them say
+ * what each computes, and have the same in torch.
  *
- * Compiled where it runs (`gruppo/kernels/__init__.py`). Sums may be taken in another order than written, NaN and
- * infinities are kept. Rows are shared out to threads in equal stretches, so results are a function of the input and
- * the number of threads, and a row's of the row alone, but for sums over rows.
+ * Compiled where it runs (`build.py`). Sums may be taken in another order than written, NaN and infinities are kept. Rows
+ * are shared out to threads in equal stretches, so results are a function of the input and the number of threads, and a
+ * row's of the row alone, but for sums over rows.
  *
  * `narrow` is the dtype of products: this file is compiled for bfloat16 and for float.
  */
@@ -34,8 +35,16 @@ static inline float wide(narrow value) { return value; }
 static inline narrow narrowed(float value) { return value; }
 #endif
 
-typedef float lanes __attribute__((vector_size(64), aligned(4), may_alias));
-enum { LANES = 16 };
+/* LANES floats fill a vector register. Of wider vectors, gcc keeps every sum in memory. WIDE vectors of each of four
+ * rows are summed at a time, as many as the registers hold: there are 32 with AVX-512, and 16 without. */
+#if defined(__AVX512F__)
+enum { LANES = 16, WIDE = 4 };
+#elif defined(__AVX__)
+enum { LANES = 8, WIDE = 2 };
+#else
+enum { LANES = 4, WIDE = 2 };
+#endif
+typedef float lanes __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 
 /* exp to a relative 1e-7; 0 below e^-87. */
 static inline float exponential(float x) {
@@ -392,7 +401,7 @@ void sample(int64_t rows, int64_t size, const narrow *logits, float inverse_temp
 }
 
 /* Attention of packed groups, each a prompt and the completions that see it: float, forward and backward. A group's rows
- * of one key head are one task: keys (and values) are laid out in tiles of 16 once, then blocks of queries are
+ * of one key head are one task: keys (and values) are laid out in tiles of LANES once, then blocks of queries are
  * multiplied with them. Full rows of scores are held, of one block at a time. */
 struct packing {
     int64_t groups, queries, keys, window;
@@ -413,7 +422,7 @@ struct bench {
     int64_t *tile_of; /* the first tile of each sequence of the group */
 };
 
-/* scores[8, 16] of eight rows and a tile [D, 16]. */
+/* scores[8, LANES] of eight rows and a tile [D, LANES]. */
 static inline void score_tile(int64_t D, const float *rows, const float *tile, float *scores,
                                                              int64_t stride) {
     lanes sum[BLOCK_ROWS] = {0};
@@ -426,7 +435,7 @@ static inline void score_tile(int64_t D, const float *rows, const float *tile, f
     for (int q = 0; q < BLOCK_ROWS; q++) *(lanes *)(scores + q * stride) = sum[q];
 }
 
-/* out[R, W · 16] += Σ_k a[r · down + k · along] · matrix[k, :], both constants. */
+/* out[R, W · LANES] += Σ_k a[r · down + k · along] · matrix[k, :], both constants. */
 static inline __attribute__((always_inline)) void combine_some(const int R, const int W, int64_t inner, const float *a,
                                                                int64_t down, int64_t along, const float *matrix,
                                                                int64_t stride, float *out, int64_t out_stride) {
@@ -448,20 +457,20 @@ static inline __attribute__((always_inline)) void combine_some(const int R, cons
 static __attribute__((noinline)) void combine(int64_t D, int64_t rows, int64_t inner, const float *a, int64_t down, int64_t along,
                                               const float *matrix, int64_t stride, float *out, int64_t out_stride) {
     for (int64_t d = 0; d < D;) {
-        int64_t r = 0, wide_enough = D - d >= 4 * LANES;
+        int64_t r = 0, wide_enough = D - d >= WIDE * LANES;
         for (; r + 4 <= rows; r += 4) {
             const float *own = a + r * down;
             float *to = out + r * out_stride + d;
-            if (wide_enough) combine_some(4, 4, inner, own, down, along, matrix + d, stride, to, out_stride);
+            if (wide_enough) combine_some(4, WIDE, inner, own, down, along, matrix + d, stride, to, out_stride);
             else combine_some(4, 1, inner, own, down, along, matrix + d, stride, to, out_stride);
         }
         for (; r < rows; r++) {
             const float *own = a + r * down;
             float *to = out + r * out_stride + d;
-            if (wide_enough) combine_some(1, 4, inner, own, down, along, matrix + d, stride, to, out_stride);
+            if (wide_enough) combine_some(1, WIDE, inner, own, down, along, matrix + d, stride, to, out_stride);
             else combine_some(1, 1, inner, own, down, along, matrix + d, stride, to, out_stride);
         }
-        d += wide_enough ? 4 * LANES : LANES;
+        d += wide_enough ? WIDE * LANES : LANES;
     }
 }
 
