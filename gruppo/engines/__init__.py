@@ -71,11 +71,7 @@ def build_engine(
     """
     from gruppo.engines.probe import ProbedEngine, probed_length
 
-    engine_class = _find(settings)
-    if settings.has_own_process:
-        engine: Engine = engine_class(policy, slots, probed_length(policy, length), settings)
-    else:
-        engine = engine_class(policy, slots)
+    engine = start_engine(policy, slots, probed_length(policy, length), settings)
     if getattr(engine, "copies_weights", True):
         engine = ProbedEngine(engine, policy, settings.name)
         try:
@@ -88,6 +84,18 @@ def build_engine(
     from gruppo.engines.resizing import ResizingEngine
 
     return ResizingEngine(engine, sizes)
+
+
+def start_engine(policy: LanguageModel, slots: int, length: int, settings: EngineTable, devices: int = 1) -> Engine:
+    """The engine alone, as its class makes it. An engine that keeps weights of its own has none yet.
+
+    `length`: the longest sequence, in tokens; `devices`: over how many devices vLLM splits the model. Both are for
+    engines with a process of their own.
+    """
+    engine_class = _find(settings)
+    if settings.has_own_process:
+        return engine_class(policy, slots, length, settings, devices)  # type: ignore[no-any-return]
+    return engine_class(policy, slots)  # type: ignore[no-any-return]
 
 
 def open_engine(

@@ -160,7 +160,7 @@ class Elsewhere(NativeEngine):
 
     copies_weights = True
 
-    def __init__(self, policy: LanguageModel, slots: int, length: int, settings: EngineTable) -> None:
+    def __init__(self, policy: LanguageModel, slots: int, length: int, settings: EngineTable, devices: int) -> None:
         super().__init__(make_policy(seed=99, max_position_embeddings=512), slots)
         self.length, self.settings = length, settings
 
