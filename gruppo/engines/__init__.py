@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -96,25 +95,6 @@ def start_engine(policy: LanguageModel, slots: int, length: int, settings: Engin
     if settings.has_own_process:
         return engine_class(policy, slots, length, settings, devices)  # type: ignore[no-any-return]
     return engine_class(policy, slots)  # type: ignore[no-any-return]
-
-
-def open_engine(
-    policy: LanguageModel, settings: EngineTable, prompt_tokens: int, max_tokens: int, wanted: int, stack: ExitStack
-) -> Engine:
-    """Build an engine without a memory forecast: for `gruppo sample`, whose completions are few.
-
-    `prompt_tokens`, `max_tokens`: of the longest prompt and completion. `wanted`: the largest useful number of
-    concurrent completions. `stack` closes the engine.
-    """
-    from gruppo.engines.native.engine import MAX_SLOTS, choose_slots
-
-    if settings.has_own_process:
-        slots = min(MAX_SLOTS, wanted)
-    else:
-        slots = choose_slots(policy, prompt_tokens, max_tokens, wanted)
-    engine = build_engine(policy, slots, settings=settings, length=prompt_tokens + max_tokens)
-    stack.callback(engine.close)
-    return engine
 
 
 def _find(settings: EngineTable) -> Any:

@@ -20,7 +20,7 @@ from gruppo.engines.completions import CompletionText, NonFiniteError, check_req
 from gruppo.engines.native.attention import DecodingAttention, PromptAttention
 from gruppo.engines.native.continued import Continued, ContinuedAttention
 from gruppo.engines.native.kept import Conversation, Conversations
-from gruppo.engines.native.kv_cache import PAGE_TOKENS, KVCache, room
+from gruppo.engines.native.kv_cache import PAGE_TOKENS, KVCache
 from gruppo.engines.native.layout import DecodingLayout
 from gruppo.engines.native.sampling import sample_tokens
 from gruppo.engines.native.scheduler import Finished, Job, Scheduler, Waiting
@@ -33,12 +33,10 @@ from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import WeightSource
 from gruppo.types import Completion
 from gruppo.utils.progress import Advance
-from gruppo.utils.system import free_memory
 from gruppo.utils.transfer import upload
 
 PREFILL_TOKENS = 4096
 MAX_SLOTS = 256
-MEMORY_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,6 @@ class DecodingOptions:
         if policy.device.type == "cpu":
             return DecodingOptions(policy.cache_dtype)
         return DecodingOptions(policy.cache_dtype, PAGE_TOKENS, 1, policy.device.type == "mps")
-
-
-def choose_slots(policy: LanguageModel, prompt_tokens: int, max_tokens: int, wanted: int) -> int:
-    """Number of concurrent completions: `wanted`, at most 256, and at most what fits into a fifth of the free memory.
-
-    The result is at least 1. A slot needs the keys and values of one completion and, at worst, of one prompt that it
-    shares with no other slot.
-    """
-    page_tokens = DecodingOptions.of(policy).page_tokens
-    tokens = room(prompt_tokens, page_tokens) + room(max_tokens, page_tokens)
-    budget = MEMORY_SHARE * free_memory(policy.device)
-    return max(1, min(MAX_SLOTS, wanted, int(budget / (policy.cache_bytes * tokens))))
 
 
 class NativeEngine(Engine):
