@@ -5,8 +5,8 @@ point is a separate process that does two steps of gruppo's loop, of which the s
 predictions: memory by `gruppo.training.memory_estimate`; seconds by counted floating-point operations at one rate for
 sampling and one for training, both taken from the middle point. Then it measures how sampling speed depends on the
 number of concurrent completions, what uneven lengths cost, and one large group against as many separate sequences.
-Writes benchmarks/growth.json and docs/growth.svg. With `--uneven ROUNDS`, only uneven lengths are measured, in that many
-rounds, and only printed.
+Writes benchmarks/growth.json and docs/growth.svg. With `--uneven ROUNDS`, only uneven lengths are measured, in that
+many rounds, and only printed.
 """
 
 from __future__ import annotations
