@@ -256,7 +256,7 @@ def test_interrupted_saves_says_how_to_go_on_and_exits_with_130(recipe_file: Pat
 
 @pytest.mark.parametrize(
     ("models", "wrong"),
-    [(["no/model"], "task"), (["no/model"], "environment"), (["no/model", "no/other"], "task")],
+    [(["no/model"], "task"), (["no/model"], "environment"), (["no/model", "--compare", "no/other"], "task")],
 )
 def test_a_model_is_downloaded_after_cheap_checks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: list[str], wrong: str
