@@ -5,11 +5,13 @@ point is a separate process that does two steps of gruppo's loop, of which the s
 predictions: memory by `gruppo.training.memory_estimate`; seconds by counted floating-point operations at one rate for
 sampling and one for training, both taken from the middle point. Then it measures how sampling speed depends on the
 number of concurrent completions, what uneven lengths cost, and one large group against as many separate sequences.
-Writes benchmarks/growth.json and docs/growth.svg.
+Writes benchmarks/growth.json and docs/growth.svg. With `--uneven ROUNDS`, only uneven lengths are measured, in that
+many rounds, and only printed.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -165,8 +167,11 @@ def in_flight(growth: Growth, source: ModelSource) -> dict[str, float]:
     return rates
 
 
-def uneven(growth: Growth, source: ModelSource) -> dict[str, float]:
-    """Tokens per second with lengths uniform over 8..256 and with as many tokens in equal lengths; 64 slots."""
+def uneven(growth: Growth, source: ModelSource, rounds: int = 2, dtype: str = "bfloat16") -> dict[str, Any]:
+    """Tokens per second with lengths uniform over 8..256 and with as many tokens in equal lengths; 64 slots.
+
+    Both are measured once per round, alternately; the fastest counts. `dtype`: as model.dtype in a recipe.
+    """
     group, count = 8, 24
     source_of_lengths = random.Random(SEED)
     spread = [[source_of_lengths.randint(8, 256) for _ in range(group)] for _ in range(count)]
@@ -174,12 +179,13 @@ def uneven(growth: Growth, source: ModelSource) -> dict[str, float]:
     even = [[mean] * group for _ in range(count)]
     seconds: dict[str, list[float]] = {"even": [], "uneven": []}
     tokens = {"even": sum(map(sum, even)), "uneven": sum(map(sum, spread))}
-    for _ in range(2):  # alternately
+    for _ in range(rounds):
         for name, lengths in (("even", even), ("uneven", spread)):
-            work = replace(make_work(source, count, group, 49, lengths, "generation"), slots=64)
+            work = replace(make_work(source, count, group, 49, lengths, "generation"), slots=64, dtype=dtype)
             seconds[name].append(growth.step(work)["seconds"])
     rates = {f"{name}_tokens_per_second": tokens[name] / min(times) for name, times in seconds.items()}
-    return {**rates, "share": rates["uneven_tokens_per_second"] / rates["even_tokens_per_second"]}
+    share = rates["uneven_tokens_per_second"] / rates["even_tokens_per_second"]
+    return {**rates, "share": share, "seconds": seconds}
 
 
 def grouped(growth: Growth, source: ModelSource) -> dict[str, float]:
@@ -214,6 +220,16 @@ def plot(results: dict[str, Any], out: Path) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description="Measure how time and memory of a step grow.")
+    parser.add_argument(
+        "--uneven", type=int, metavar="ROUNDS", help="measure only uneven lengths, and print the result"
+    )
+    parser.add_argument("--dtype", default="bfloat16", help="of --uneven; as model.dtype in a recipe")
+    given = parser.parse_args()
+    if given.uneven:
+        with tempfile.TemporaryDirectory(prefix="gruppo-growth-") as folder:
+            print(json.dumps(uneven(Growth(Path(folder)), find_model(MODEL), given.uneven, given.dtype), indent=1))
+        return
     with tempfile.TemporaryDirectory(prefix="gruppo-growth-") as folder:
         results = measure(Growth(Path(folder)))
     (HERE / "growth.json").write_text(json.dumps(results, indent=1) + "\n")

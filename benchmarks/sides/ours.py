@@ -130,11 +130,11 @@ class Training:
 
 
 class Generation:
-    """The engine alone, in bfloat16."""
+    """The engine alone."""
 
     def __init__(self, work: dict[str, Any], stack: ExitStack) -> None:
         self.work = work
-        self.policy = load_model(find_model(work["model"]), dtype="bfloat16")
+        self.policy = load_model(find_model(work["model"]), dtype=work["dtype"])
         slots = work["slots"] or sum(map(len, work["lengths"]))
         self.engine = build_engine(self.policy, slots)
         self.calls = 0
@@ -159,7 +159,7 @@ class Generation:
 
     def setting(self) -> str:
         """Dtype and number of concurrent completions."""
-        return f"bfloat16, {self.engine.slots} in flight"
+        return f"{self.work['dtype']}, {self.engine.slots} in flight"
 
 
 def check(work: dict[str, Any]) -> dict[str, Any]:

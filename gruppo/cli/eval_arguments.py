@@ -192,14 +192,14 @@ def evaluate_command(
         raise arguments.in_options(error) from error
     if evaluated := [recipe for recipe in recipes if recipe is not None]:
         arguments.require_consent(evaluated[0])  # the code of the others is the same
-    if len(names) > 1:
-        _require_models([recipe for recipe in recipes if recipe is not None], progress)
     from gruppo.evaluation.compare import compare_all, read_evaluation
     from gruppo.evaluation.eval_run import grade_file, run_evaluation
 
     results: list[EvalResult] = []
     try:
         with stop_on_signals(kills=True) as stop, stop.interruptible():
+            if len(names) > 1 and evaluated:
+                _require_models(evaluated, progress)
             for name, recipe, folder in zip(names, recipes, folders, strict=False):
                 if recipe is None:
                     results.append(read_evaluation(Path(name)))
@@ -273,9 +273,11 @@ def _written(found: re.Match[str]) -> str:
 
 
 def _require_models(recipes: Sequence[Recipe], progress: ConsoleProgress) -> None:
-    """Raise UsageError if one of the models does not exist, before the first one answers."""
+    """Raise UsageError if the rows cannot be read or one of the models does not exist, before the first one answers."""
+    from gruppo.evaluation.datasets import read_eval_sets
     from gruppo.models.loading import find_model
 
+    read_eval_sets(recipes[0], progress)  # those of the others are the same
     for recipe in recipes:
         find_model(recipe.model.name, progress, trust_remote_code=recipe.model.trust_remote_code)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -76,7 +77,8 @@ def sample(
     content = _content(prompt, system, messages, plain)
     from gruppo.data.loading import checked_rows
     from gruppo.data.tokenization import tokenize_rows
-    from gruppo.engines import check_engine, open_engine
+    from gruppo.engines import check_engine
+    from gruppo.engines.memory import Free, Sampled, decoding_of, open_engine_within
     from gruppo.evaluation.sets import sampling_params
     from gruppo.models.loading import find_model, load_model
     from gruppo.models.precision import choose_device, choose_dtype
@@ -97,13 +99,22 @@ def sample(
             content = content[0]["content"]  # a base model has no chat template and reads the text alone
         rows = [{"prompt": content}]
         prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, option, source.vocabulary)
+        work = Sampled(count, 1, len(prompts[0].token_ids), max_tokens, decoding_of(params), "--max-tokens")
+        free = Free.now(recipe.run.memory, chosen)
         policy = load_model(source, device, dtype, progress)
-        longest = len(prompts[0].token_ids)
-        sampler = open_engine(policy, recipe.engine, longest, max_tokens, count, stack)
+        try:
+            sampler, _ = open_engine_within(free, policy, recipe.engine, [work], stack, progress)
+        except UsageError as error:
+            message = _NO_MEMORY.sub(r"memory: there is room for \1; stop other programs, or", str(error))
+            raise UsageError(message) from None
         streams = [[(seed, number) for number in range(count)]]
         (completions,) = sample_groups(sampler, prompts, streams, params, progress, stop)
     for number, completion in enumerate(completions, start=1):
         _show(completion, number if count > 1 else None, as_json, progress)
+
+
+# The message about too little memory, whose field no option sets.
+_NO_MEMORY = re.compile(r"run\.memory: allows (.*); raise it \(.*?\), or")
 
 
 def _content(prompt: str | None, system: str | None, messages: str | None, plain: bool) -> str | list[dict[str, Any]]:

@@ -38,11 +38,13 @@ def study(
     from gruppo.errors import UsageError
 
     if plan and report:
-        raise UsageError("--plan: writes nothing, so it cannot be combined with --report; leave one of them out")
+        raise UsageError("--plan: only shows what is left, so it cannot be combined with --report; leave one out")
     if prune and (plan or report):
         raise UsageError(f"--prune: only deletes folders; leave out {'--plan' if plan else '--report'}")
     if minutes is not None and not minutes > 0:
         raise UsageError(f"--minutes {minutes:g}: must be more than 0; write e.g. --minutes 60")
+    if minutes is not None and (other := "--plan" * plan or "--report" * report or "--prune" * prune):
+        raise UsageError(f"--minutes {minutes:g}: {other} trains nothing; leave one of them out")
     from gruppo.runs.console import ConsoleProgress
     from gruppo.study.arms import load_study
 

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
-from gruppo.config.foreign_table import CLIP, IGNORED, MISSING, NAMES, STEP
+from gruppo.config.foreign_table import CLIP, IGNORED, MISSING, NAMES, OTHER_MODELS, STEP
 
 _REASONS = [(pattern, reason) for table in (IGNORED, MISSING) for reason, names in table.items()
             for pattern in names.split()]  # fmt: skip
+_OF_OTHER_MODELS = [(pattern, reason) for pattern, reason in _REASONS if pattern in OTHER_MODELS]
 
 NOTHING = "nothing: "
 """The start of an answer that gives the reason why gruppo has no such field."""
@@ -49,12 +50,19 @@ def gruppo_name(location: Sequence[str], value: Any = None) -> str | None:
     """
     names = [part.lower().replace("-", "_") for part in location if not part.isdecimal()]
     ends = [".".join(names[-length:]) for length in range(len(names), 0, -1)]
+    if reason := _reason(ends, _OF_OTHER_MODELS):
+        return reason
     for end in ends:
         if answer := NAMES.get(end):
             if answer == "optimizer.warmup_steps" and isinstance(value, float):
                 answer = "optimizer.warmup_ratio"
             return _in_table(answer, location)
-    return next((NOTHING + why for pattern, why in _REASONS for end in ends if fnmatchcase(end, pattern)), None)
+    return _reason(ends, _REASONS)
+
+
+def _reason(ends: Sequence[str], reasons: Iterable[tuple[str, str]]) -> str | None:
+    """The first reason whose pattern fits one of the ends of a name."""
+    return next((NOTHING + why for pattern, why in reasons for end in ends if fnmatchcase(end, pattern)), None)
 
 
 def is_ignored(answer: str) -> bool:

@@ -23,6 +23,7 @@ _SCORER = 'reward.functions = ["classifier"], with options.classifier.model'
 _SERVER = 'reward.functions = ["remote"], with options.remote.url; for a file, the path of its function'
 _OUT = "--out"
 _RESUME = "--resume"
+DEVICES = "a run uses one device, model.device, or the ranks of the table [cluster] (docs/ranks.md)"
 _TRACKERS = 'run.trackers, a list such as ["tensorboard", "wandb"]'
 
 NAMES = {
@@ -312,6 +313,9 @@ NAMES = {
     "do_sample": "evaluation.decoding.temperature (0 takes the most likely token; training always samples)",
 }
 
+# Tables about other models than the policy, in which a name never means the field that it means elsewhere.
+OTHER_MODELS = ("reward_model.rollout.*", "distillation.*")
+
 # Reason why a name needs no field -> the names, which change nothing that a model learns; "*" stands for any text.
 IGNORED = {
     "every step is recorded in the run folder": "logging_* log_level* log_on_each_node log_completions* "
@@ -332,16 +336,16 @@ IGNORED = {
     "scheduling_policy load_format layered_summon multi_stage_wake_up engine_kwargs engine_kwargs.* router_config_path "
     "skip_tokenizer_init disaggregation.* checkpoint_engine.* custom_async_server.* calculate_log_probs "
     "rollout.max_batch_size over_sample_rate rollout.quantization rollout.quantization_config_file prompt_length "
-    "reward_model.rollout.* inference.* save_hf",
+    "save_hf",
+    "a reward model needs no server": "reward_model.rollout.*",
     "the micro-batch is derived from run.memory": "*micro_batch_size* micro_train_batch_size micro_rollout_batch_size "
     "eval_batch_size per_device_eval_batch_size eval_accumulation_steps auto_find_batch_size torch_empty_cache_steps "
     "precompute_ref_batch_size use_dynamic_bsz use_dynamic_batch *max_token_len_per_gpu *max_tokens_per_gpu "
     "val_batch_size eval_do_concat_batches batch_eval_metrics log_prob_use_dynamic_bsz dynamic_batch_enable",
     "activations are recomputed when run.memory requires it": "gradient_checkpointing* enable_gradient_checkpointing "
     "use_gradient_checkpointing activation_* enable_activation_offload entropy_from_logits_* entropy_checkpointing",
-    "a run uses one device, model.device, or the ranks of the table [cluster] (docs/ranks.md)": "ddp_* fsdp fsdp_* "
-    "*fsdp.* *fsdp_config.* *megatron.* deepspeed deepspeed_* "
-    "local_rank accelerator_config parallelism_config *parallel_size n_gpus_per_node nnodes *_num_nodes "
+    DEVICES: "ddp_* fsdp fsdp_* *fsdp.* *fsdp_config.* *megatron.* deepspeed deepspeed_* local_rank "
+    "accelerator_config parallelism_config *parallel_size n_gpus_per_node nnodes *_num_nodes "
     "*_num_gpus_per_node num_nodes num_gpus_per_node colocate_* zero_stage zpg ds.* param_offload grad_offload "
     "*.offload device_map average_tokens_across_devices eval_use_gather_object "
     "use_cpu_offload ring_attn_size ring_head_stride balance_batch strategy nccl_timeout hybrid_engine use_shm ray_* "

@@ -42,6 +42,10 @@ def _offline(recipe: Recipe) -> bool:
     return recipe.method.source == "dataset"
 
 
+def _samples_nothing(recipe: Recipe) -> bool:
+    return _offline(recipe) and recipe.evaluation is None and not recipe.benchmarks
+
+
 def _no_ratio(recipe: Recipe) -> bool:
     return recipe.method.surrogate == "log-likelihood"
 
@@ -103,13 +107,13 @@ _RULES = (
     _Rule(
         "engine",
         "*",
-        lambda recipe: _offline(recipe) and recipe.evaluation is None and not recipe.benchmarks,
+        _samples_nothing,
         'method.source = "dataset" samples nothing, and there is no [evaluation]; remove it',
     ),
     _Rule(
         "cluster",
         "engines",
-        lambda recipe: _offline(recipe) and recipe.evaluation is None and not recipe.benchmarks,
+        _samples_nothing,
         'method.source = "dataset" samples nothing, and there is no [evaluation]; remove it',
     ),
     _Rule(

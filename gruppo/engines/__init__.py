@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -71,11 +70,7 @@ def build_engine(
     """
     from gruppo.engines.probe import ProbedEngine, probed_length
 
-    engine_class = _find(settings)
-    if settings.has_own_process:
-        engine: Engine = engine_class(policy, slots, probed_length(policy, length), settings)
-    else:
-        engine = engine_class(policy, slots)
+    engine = start_engine(policy, slots, probed_length(policy, length), settings)
     if getattr(engine, "copies_weights", True):
         engine = ProbedEngine(engine, policy, settings.name)
         try:
@@ -90,23 +85,16 @@ def build_engine(
     return ResizingEngine(engine, sizes)
 
 
-def open_engine(
-    policy: LanguageModel, settings: EngineTable, prompt_tokens: int, max_tokens: int, wanted: int, stack: ExitStack
-) -> Engine:
-    """Build an engine without a memory forecast: for `gruppo sample`, whose completions are few.
+def start_engine(policy: LanguageModel, slots: int, length: int, settings: EngineTable, devices: int = 1) -> Engine:
+    """The engine alone, as its class makes it. An engine that keeps weights of its own has none yet.
 
-    `prompt_tokens`, `max_tokens`: of the longest prompt and completion. `wanted`: the largest useful number of
-    concurrent completions. `stack` closes the engine.
+    `length`: the longest sequence, in tokens; `devices`: over how many devices vLLM splits the model. Both are for
+    engines with a process of their own.
     """
-    from gruppo.engines.native.engine import MAX_SLOTS, choose_slots
-
+    engine_class = _find(settings)
     if settings.has_own_process:
-        slots = min(MAX_SLOTS, wanted)
-    else:
-        slots = choose_slots(policy, prompt_tokens, max_tokens, wanted)
-    engine = build_engine(policy, slots, settings=settings, length=prompt_tokens + max_tokens)
-    stack.callback(engine.close)
-    return engine
+        return engine_class(policy, slots, length, settings, devices)  # type: ignore[no-any-return]
+    return engine_class(policy, slots)  # type: ignore[no-any-return]
 
 
 def _find(settings: EngineTable) -> Any:

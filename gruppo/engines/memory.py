@@ -190,9 +190,10 @@ def open_engine_within(
 ) -> tuple[Engine, SamplingMemory]:
     """Build an engine with the largest useful number of slots whose estimated memory is within the budget.
 
-    The other arguments are those of `open_engine` and `forecast_sampling`. Raises UsageError if not even one slot fits.
+    `works`: what it is to sample, one after the other; `others`: see `forecast_sampling`. `stack` closes the engine.
+    Raises UsageError if not even one slot fits.
     """
-    footprint, elsewhere = measure_footprint(policy, free.process, progress), settings.has_own_process
+    footprint, elsewhere = measure_footprint(policy, free.process, progress, trains=False), settings.has_own_process
     forecast = partial(forecast_sampling, footprint, works, others=others, elsewhere=elsewhere)
     wanted = max(1, min(MAX_SLOTS, max(work.completions for work in works)))
     slots = largest(1, wanted, lambda count: forecast(slots=count).peak <= free.budget)

@@ -99,8 +99,8 @@ def wrong_weights(name: str, version: int, differences: Sequence[float], dtype: 
 
 @dataclass
 class ProbedEngine(EngineWrapper):
-    """Probes an engine after each load. `name`: the engine in messages. `policy`: what its weights are
-    compared with."""
+    """Probes an engine after each load. `name`: the engine in messages. `policy`: what its weights are compared
+    with."""
 
     policy: LanguageModel
     name: str

@@ -349,10 +349,10 @@ def read_questions(
     """Read a recipe's evaluation sets, and make token ids of them. The arguments are those of `open_eval_sets`."""
     stack.callback(end_renderer)
     all_rows = read_eval_sets(recipe, progress)
+    opened = open_multi_turn(recipe, None, progress, stack)
     source = find_model(
         recipe.model.name if model is None else model, progress, tokenizer, recipe.model.trust_remote_code
     )
-    opened = open_multi_turn(recipe, None, progress, stack)
     tools = opened.tools(source.tokenizer) if opened else None
 
     def tokenize(part: Dataset, room: int, most: int) -> list[Prompt]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,6 +30,7 @@ SMALLEST_8BIT = 4096  # with optimizer.state = "8bit", parameters with fewer val
 # (prompt tokens, completions, tokens read per completion): one trial more than `_terms` has terms, chosen so that the
 # terms can be told apart. A single completion would be kept in other shapes than several.
 _TRIALS = ((8, 2, 4), (24, 2, 4), (8, 4, 4), (8, 2, 12), (8, 4, 12), (24, 4, 4), (12, 2, 16), (40, 2, 4))
+_PROMPTS = ((8, 0, 0), (24, 0, 0), (40, 0, 0))  # the same for prompts without completions
 
 
 # The groups of a micro-batch as the model reads them: tokens of the prompt, and of each completion.
@@ -42,13 +44,13 @@ class Footprint:
     `process`: Python, torch and everything that is resident before the weights are loaded. `gradients`: as many bytes
     as the trainable weights have. `moments`: the optimizer's. `critic`: the weights of a value or reward model, its
     optimizer state and copies. `prepared`: copies of weights in the compute dtype, alive during computation. `kept`:
-    what forward keeps for backward, one coefficient for each of `_terms`. `cache_token`: keys and values of one token
-    in all layers. `state_token`: one hidden state. `logits_token`: the logits of one token in float32. `kept_logit`:
-    bytes of a logit that is kept for the backward pass. `wide`: bytes of one number in the accumulation dtype.
-    `accelerator`: the policy is not on a CPU. `gathered`: what a rank of several has gathered of the other ranks'
-    weights at a time: two layers, and all that is outside of layers. `fused`: the policy is trained by gruppo's own
-    decoder. `narrow`: bytes of a number in the compute dtype. `kernels`: gruppo's kernels attend and sample in decoding
-    steps. `packed_head`: the copy of the output head that sampling makes.
+    what forward keeps for backward, one coefficient for each of `_terms`, NaN if not measured. `cache_token`: keys and
+    values of one token in all layers. `state_token`: one hidden state. `logits_token`: the logits of one token in
+    float32. `kept_logit`: bytes of a logit that is kept for the backward pass. `wide`: bytes of one number in the
+    accumulation dtype. `accelerator`: the policy is not on a CPU. `gathered`: what a rank of several has gathered of
+    the other ranks' weights at a time: two layers, and all that is outside of layers. `fused`: the policy is trained by
+    gruppo's own decoder. `narrow`: bytes of a number in the compute dtype. `kernels`: gruppo's kernels attend and
+    sample in decoding steps. `packed_head`: the copy of the output head that sampling makes.
     """
 
     process: int
@@ -74,7 +76,7 @@ class Footprint:
 
     def activations(self, layout: Layout, recompute: bool) -> int:
         """Bytes that forward keeps for backward; with recomputation, the input of every layer and all of one layer."""
-        kept = sum(rate * term for rate, term in zip(self.kept, _terms(layout), strict=True))
+        kept = sum(rate * term for rate, term in zip(self.kept, _terms(layout), strict=True) if term)
         if not recompute:
             return int(kept)
         return int(kept / self.layers) + self.layers * self.state_token * layout_tokens(layout)
@@ -91,11 +93,16 @@ def process_bytes(device: torch.device) -> int:
 
 
 def measure_footprint(
-    model: LanguageModel | ScalarModel, process: int, progress: Progress, optimizer_state: str = "float32"
+    model: LanguageModel | ScalarModel,
+    process: int,
+    progress: Progress,
+    optimizer_state: str = "float32",
+    trains: bool = True,
 ) -> Footprint:
     """Measure and count the memory of a model. `process`: `process_bytes` from before the weights were loaded.
 
-    `optimizer_state`: the recipe's `optimizer.state`. A value or reward model computes no logits.
+    `optimizer_state`: the recipe's `optimizer.state`. `trains`: False to measure in a quarter of the time what sampling
+    needs: prompts, and no completions. A value or reward model computes no logits.
     """
     scalar, policy = (model, model.policy) if isinstance(model, ScalarModel) else (None, model)
     layer: Any = policy.model.get_output_embeddings()
@@ -106,7 +113,7 @@ def measure_footprint(
     trained = [each for each in (scalar.module if scalar else policy.model).parameters() if each.requires_grad]
     head = [] if scalar is None else [*scalar.head.parameters()]
     computed = policy if scalar is None else replace(scalar, policy=policy)
-    prepared, *kept = _measure_kept(computed, progress)
+    prepared, *kept = _measure_kept(computed, _TRIALS if trains else _PROMPTS, progress)
     release_memory()
     return Footprint(
         process=process + (WORKSPACES if accelerator else LATER),
@@ -225,20 +232,26 @@ def layout_tokens(layout: Layout) -> int:
     return sum(prompt + sum(completions) for prompt, completions in layout)
 
 
-def _measure_kept(model: LanguageModel | ScalarModel, progress: Progress) -> list[float]:
-    """Bytes that do not grow with the tokens (prepared weights), then bytes per unit of each of `_terms`."""
+def _measure_kept(
+    model: LanguageModel | ScalarModel, trials: Sequence[tuple[int, int, int]], progress: Progress
+) -> list[float]:
+    """Bytes that do not grow with the tokens (prepared weights), then bytes per unit of each of `_terms`; NaN for terms
+    that all trials lack."""
     rows, kept = [], []
     with (
         (model.policy if isinstance(model, ScalarModel) else model).precision(),
-        progress.bar("Measuring memory", len(_TRIALS), "trials") as advance,
+        progress.bar("Measuring memory", len(trials), "trials") as advance,
     ):
-        for prompt, count, length in _TRIALS:
+        for prompt, count, length in trials:
             layout = [(prompt, [length] * count)]
             rows.append([1.0, *map(float, _terms(layout))])
             kept.append(float(saved_bytes(model, layout)))
             advance(1)
-    solved = torch.linalg.solve(torch.tensor(rows, dtype=torch.float64), torch.tensor(kept, dtype=torch.float64))
-    return [max(0.0, value) for value in solved.tolist()]
+    matrix = torch.tensor(rows, dtype=torch.float64)
+    measured = matrix.any(dim=0)
+    solved = torch.full((matrix.shape[1],), math.nan, dtype=torch.float64)
+    solved[measured] = torch.linalg.solve(matrix[:, measured], torch.tensor(kept, dtype=torch.float64)).clamp(min=0.0)
+    return solved.tolist()
 
 
 def saved_bytes(model: LanguageModel | ScalarModel, layout: Layout) -> int:

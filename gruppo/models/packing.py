@@ -46,9 +46,8 @@ class Batch:
     `members` lists the completions in N, in order, as (group index, completion index, number of tokens), and
     `sequences` the number of each token's completion among them; completions are never split between batches. `trained`
     are the tokens whose weight is not 0: known here, because selecting them on a device would wait for it.
-    `sampling_logprobs` are None if those of a completion are not known. The method fills in
-    `old_logprobs`, `ref_logprobs` and the policy's `entropy` before the step. `values` and `returns` are set
-    with a value model only.
+    `sampling_logprobs` are None if those of a completion are not known. The method fills in `old_logprobs`,
+    `ref_logprobs` and the policy's `entropy` before the step. `values` and `returns` are set with a value model only.
     """
 
     token_ids: Int[Tensor, " T"]

@@ -11,8 +11,9 @@ from typing import Any
 from gruppo.config.recipe import Recipe
 from gruppo.data.loading import load_questions
 from gruppo.data.tokenization import tokenize_rows
-from gruppo.engines import check_engine, open_engine
+from gruppo.engines import check_engine
 from gruppo.engines.base import Request, SamplingParams
+from gruppo.engines.memory import Free, Sampled, open_engine_within
 from gruppo.errors import UsageError
 from gruppo.evaluation.datasets import read_eval_sets
 from gruppo.models.attention.backends import check_compute
@@ -59,14 +60,16 @@ def measure_recall(study: Study, planned: PlannedEvaluation, progress: Progress,
     if table.recall_control is not None:
         part = load_questions(table.recall_control, f"evaluations: {table.title}: recall_control", progress)
         asked["control"] = _usable(texts_of([part])[: table.questions], table.title, "recall_control")
-    check_engine(recipe, *check_compute(recipe.model))
+    device, dtype = check_compute(recipe.model)
+    check_engine(recipe, device, dtype)
     settings = recipe.model
     source = find_model(settings.name, progress, trust_remote_code=settings.trust_remote_code)
+    free = Free.now(recipe.run.memory, device)
     policy = load_model(source, settings.device, settings.dtype, progress, settings.attention)
 
     def complete(texts: Sequence[str]) -> list[str]:
         with ExitStack() as stack:
-            return _continued(texts, source, policy, recipe, table.title, stack, progress, stop)
+            return _continued(texts, source, free, policy, recipe, table.title, stack, progress, stop)
 
     found = {name: dict(recall(texts, complete)) for name, texts in asked.items()}
     path = study.records / FILE
@@ -76,6 +79,7 @@ def measure_recall(study: Study, planned: PlannedEvaluation, progress: Progress,
 def _continued(
     texts: Sequence[str],
     source: ModelSource,
+    free: Free,
     policy: LanguageModel,
     recipe: Recipe,
     title: str,
@@ -92,7 +96,8 @@ def _continued(
         Request(prompt.token_ids, [(0, place)], [limit])
         for place, (prompt, limit) in enumerate(zip(prompts, limits, strict=True))
     ]
-    engine = open_engine(policy, recipe.engine, max(lengths), max(limits), len(requests), stack)
+    work = Sampled(len(requests), len(requests), max(lengths), max(limits), "greedy", f"text in {title}")
+    engine, _ = open_engine_within(free, policy, recipe.engine, [work], stack, progress)
     with progress.bar(f"Recall of {title}", sum(limits), "tokens") as show:
 
         def advance(tokens: float) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -87,7 +89,10 @@ class StudyRunner:
         self.progress.note(f"Study {self.study.file.study.name}: {run.name}")
 
         def train(record: dict[str, Any]) -> None:
-            result, _ = run_recipe(run.recipe, callbacks=callbacks, out=run.folder, resume=True, progress=self.progress)
+            with _without_options(run):
+                result, _ = run_recipe(
+                    run.recipe, callbacks=callbacks, out=run.folder, resume=True, progress=self.progress
+                )
             record["outcome"] = result.summary["state"]
             if record["outcome"] == "interrupted":
                 raise Interrupted
@@ -174,6 +179,17 @@ class StudyRunner:
     def _leave(self, name: str, why: str) -> None:
         self.progress.note(f"Study {self.study.file.study.name}: {name} is left: {why}")
         self.outcome.left.append(name)
+
+
+@contextmanager
+def _without_options(run: PlannedRun) -> Iterator[None]:
+    """Errors inside name the run's folder in place of the options of `gruppo train`, which a study does not have."""
+    try:
+        yield
+    except (UsageError, RunError) as error:
+        fix = f"delete {run.folder} to train it from the start"
+        error.args = (re.sub(r"(start again with|choose) another --out", fix, str(error)).removeprefix("--resume: "),)
+        raise
 
 
 def _no_time(seconds: float | None) -> str:

@@ -74,7 +74,7 @@ class Local:
 
     rewards: Callable[[Sequence[str]], Rewards] | None
     opened: Opened | None
-    ready: Callable[[RunComponents], None] = lambda _: None
+    ready: Callable[[RunComponents], None]
 
 
 @dataclass
@@ -139,8 +139,7 @@ def prepare(
 
     `model`: a model in memory with its tokenizer, in place of the recipe's. `links_to`: see `check_folder`; such a run
     samples nothing. `local`: objects of the caller that replace worker processes. `ranks`: those that train, of which
-    this is the leader. `stack` closes processes and locks. Raises UsageError, if
-    possible before weights are loaded.
+    this is the leader. `stack` closes processes and locks. Raises UsageError, if possible before weights are loaded.
     """
     plays = links_to is None
     device, dtype = check_compute(recipe.model)
@@ -150,22 +149,23 @@ def prepare(
     find_surrogate(recipe.method.surrogate)
     run, started = _open_folder(recipe, folder, resume, links_to, stack)
     reward_settings = recipe.reward_model
+    if reward_settings is not None:
+        find_split(reward_settings.split)
     hosts = _open_hosts(recipe, device, progress, stack) if plays and local is None else None
     opened, pool, audit = _open_rewards(recipe, rewards, data, folder, progress, stack, plays, local, hosts)
-    start_model, tokenizer = model or (recipe.model.name, None)
-    with waiting_for(f"the files of {recipe.model.name}"):
-        source = find_model(start_model, progress, tokenizer, recipe.model.trust_remote_code)
-    check_adapters(source, recipe.model.lora)
     if reward_settings is not None and pool is not None and NAME in pool.names:
         raise UsageError(
             f'reward.functions: one is called "{NAME}", the name of the part that [reward_model] adds; rename it'
         )
+    start_model, tokenizer = model or (recipe.model.name, None)
+    with waiting_for(f"the files of {recipe.model.name}"):
+        source = find_model(start_model, progress, tokenizer, recipe.model.trust_remote_code)
+    check_adapters(source, recipe.model.lora)
     critic_source = None
     if recipe.method.needs_critic:
         critic_source = find_like(recipe.critic.name, "critic.name", source, progress)
     reward_source = None
     if reward_settings is not None:
-        find_split(reward_settings.split)
         reward_source = find_like(reward_settings.name, "reward_model.name", source, progress)
         check_kind(reward_source.config, reward_settings.kind)
     inputs = tokenize_data(recipe, data, source, progress, opened)

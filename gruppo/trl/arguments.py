@@ -11,6 +11,7 @@ from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from gruppo.config.foreign_names import NOTHING, gruppo_name
+from gruppo.config.foreign_table import DEVICES
 from gruppo.errors import UsageError
 from gruppo.trl.configs import TrainingArguments
 from gruppo.trl.quantization import BASE
@@ -135,6 +136,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 _FULL = "training samples from the full distribution, so that π_old is the distribution that was sampled from"
 _ENGINE = 'gruppo samples with its own engine; a recipe selects vLLM with engine.name = "vllm"'
+_DEVICE = "a script trains on one device; `gruppo.train` takes a recipe with a table [cluster] (docs/ranks.md)"
 _REASONS: Mapping[str, str] = {
     "top_p": _FULL,
     "top_k": _FULL,
@@ -161,7 +163,8 @@ def words_of(name: str) -> str:
         return MAPPED[name]
     if name not in IGNORED and name not in REFUSED:
         raise KeyError(name)
-    return _REASONS.get(name) or (gruppo_name([name]) or "it changes no result here").removeprefix(NOTHING)
+    words = _REASONS.get(name) or (gruppo_name([name]) or "it changes no result here").removeprefix(NOTHING)
+    return _DEVICE if words == DEVICES else words
 
 
 def default_of(entry: Field[Any]) -> Any:

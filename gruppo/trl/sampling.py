@@ -12,16 +12,17 @@ from gruppo.data.chat_options import ChatOptions
 from gruppo.data.chat_template import end_renderer
 from gruppo.data.loading import Dataset, checked_rows
 from gruppo.data.tokenization import tokenize_part
-from gruppo.engines import build_engine
+from gruppo.engines import NATIVE
 from gruppo.engines.base import Engine, SamplingParams
-from gruppo.engines.native.engine import choose_slots
+from gruppo.engines.memory import Free, Sampled, decoding_of, open_engine_within
 from gruppo.models.loading import find_model, load_model
 from gruppo.models.policy import LanguageModel
+from gruppo.models.precision import choose_device
 from gruppo.rollout.episodes import Episodes, Opened
 from gruppo.rollout.sampling import sample_groups
 from gruppo.rollout.scoring import score_groups
 from gruppo.rollout.workers.rewards import Rewards
-from gruppo.types import Group, Row
+from gruppo.types import Group, Prompt, Row
 from gruppo.utils.metrics import Metrics
 from gruppo.utils.progress import Progress
 from gruppo.utils.signals import Stop
@@ -31,10 +32,11 @@ _EVALUATION = 7  # marks the random streams of evaluate()
 
 @dataclass(frozen=True)
 class Sampler:
-    """A policy, and what samples from it. `episodes`: in place of single turns, with an environment."""
+    """A policy, and what samples from it: the engine of a run, or one that is opened for each evaluation within the
+    memory budget. `episodes`: in place of single turns, with an environment."""
 
     policy: LanguageModel
-    engine: Engine
+    engine: Engine | Free
     params: SamplingParams
     episodes: Episodes | None
 
@@ -45,14 +47,13 @@ class Sampler:
         """A sampler from the model of a recipe, or from a model in memory with its tokenizer, as it is."""
         name, tokenizer = model or (recipe.model.name, None)
         source = find_model(name, progress, tokenizer, recipe.model.trust_remote_code)
+        free = Free.now(recipe.run.memory, choose_device(recipe.model.device))
         policy = load_model(source, recipe.model.device, recipe.model.dtype, progress, recipe.model.attention)
         settings = recipe.sampling
         stop = tuple(settings.stop)
         params = SamplingParams(settings.temperature, settings.max_tokens, stop=stop, keep_stop=bool(stop))
-        wanted = settings.prompts_per_step * settings.group_size
-        engine = build_engine(policy, choose_slots(policy, policy.context, settings.max_tokens, wanted))
         episodes = opened.episodes(policy.tokenizer, policy.eos_ids, ()) if opened else None
-        return cls(policy, engine, params, episodes)
+        return cls(policy, free, params, episodes)
 
     def groups(
         self,
@@ -79,11 +80,23 @@ class Sampler:
             prompts, _ = tokenize_part(part, policy.tokenizer, policy.context, self.params.max_tokens, tools=tools)
         streams = [[(seed, place, number, _EVALUATION) for number in range(size)] for place in range(len(prompts))]
         stop = Stop()
-        if self.episodes is not None:
-            prompts, completions = self.episodes.play(
-                self.engine, prompts, streams, self.params, progress, stop, "Evaluating"
-            )
-        else:
-            completions = sample_groups(self.engine, prompts, streams, self.params, progress, stop, "Evaluating")
-        self.engine.sleep()
+        with ExitStack() as stack:
+            engine = self._engine(prompts, size, stack, progress)
+            if self.episodes is not None:
+                prompts, completions = self.episodes.play(
+                    engine, prompts, streams, self.params, progress, stop, "Evaluating"
+                )
+            else:
+                completions = sample_groups(engine, prompts, streams, self.params, progress, stop, "Evaluating")
+            engine.sleep()
         return score_groups(prompts, completions, pool, state, Metrics(), progress, stop, weight)
+
+    def _engine(self, prompts: Sequence[Prompt], size: int, stack: ExitStack, progress: Progress) -> Engine:
+        """The engine that samples `size` completions of every prompt. `stack` closes it if it is no run's."""
+        if not isinstance(self.engine, Free):
+            return self.engine
+        longest, limit = max(len(prompt.token_ids) for prompt in prompts), self.params.max_tokens
+        decoding, turns = decoding_of(self.params), self.episodes is not None
+        work = Sampled(len(prompts) * size, len(prompts), longest, limit, decoding, "max_completion_length", turns)
+        engine, _ = open_engine_within(self.engine, self.policy, NATIVE, [work], stack, progress)
+        return engine

@@ -191,25 +191,20 @@ class WatchedProgress:
         self.shown.step(metrics)
 
 
-_watchers: list[WaitWatcher] = []
+_outermost: WaitWatcher | None = None  # of the blocks of `watched` that are open
 
 
 @contextmanager
-def watched(
-    progress: Progress, first: float = FIRST_SECONDS, every: float = LOOK_SECONDS
-) -> Iterator[tuple[WatchedProgress, WaitWatcher]]:
+def watched(progress: Progress) -> Iterator[tuple[WatchedProgress, WaitWatcher]]:
     """Watch what the block waits for, and show it as notes. Yields the progress to use inside, and the watcher, which
-    is the one around this block if there is one.
-
-    `first`: see `WaitWatcher`; `every`: see `WaitWatcher.running`; in seconds.
-    """
-    if _watchers:
-        yield WatchedProgress(progress), _watchers[-1]
+    is the one around this block if there is one."""
+    global _outermost
+    if _outermost is not None:
+        yield WatchedProgress(progress), _outermost
         return
-    watcher = WaitWatcher(lambda text, _: progress.note(text), first)
-    _watchers.append(watcher)
+    _outermost = watcher = WaitWatcher(lambda text, _: progress.note(text))
     try:
-        with watcher.running(every):
+        with watcher.running():
             yield WatchedProgress(progress), watcher
     finally:
-        _watchers.remove(watcher)
+        _outermost = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -251,6 +252,35 @@ def test_interrupted_saves_says_how_to_go_on_and_exits_with_130(recipe_file: Pat
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["state"] == "interrupted"
     assert list((tmp_path / "run" / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize(
+    ("models", "wrong"),
+    [(["no/model"], "task"), (["no/model"], "environment"), (["no/model", "--compare", "no/other"], "task")],
+)
+def test_a_model_is_downloaded_after_cheap_checks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, models: list[str], wrong: str
+) -> None:
+    def looked_for(*_: object, **__: object) -> None:
+        raise AssertionError("the model is looked for")
+
+    for module in ("gruppo.models.loading", "gruppo.evaluation.runner"):
+        monkeypatch.setattr(f"{module}.find_model", looked_for)
+    rows = tmp_path / "rows.jsonl"
+    if wrong == "environment":
+        rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    options = ["--grader", "exact_match", "--environment", "nowhere.py:World"]
+    shown = gruppo("eval", *models, "--task", rows, *options)
+    assert shown.returncode == 2
+    assert (str(rows) if wrong == "task" else "nowhere.py") in shown.stderr
+
+
+def test_sample_says_that_memory_is_too_little(tiny_folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gruppo.engines.memory.free_memory", lambda _: 0)
+    shown = gruppo("sample", tiny_folder, "--max-tokens", 8)
+    assert shown.returncode == 2
+    assert re.search(r"memory: there is room for \d\.\d\d GB, but sampling needs at least", shown.stderr)
+    assert shown.stderr.rstrip().endswith("; stop other programs, or use a smaller --max-tokens or model")
 
 
 def test_sample_as_json_with_truncation_and_stop_texts(tiny_folder: str) -> None:

@@ -95,6 +95,14 @@ def test_tables_of_other_trainers(place: str, written: str) -> None:
     assert answer(place) == f"for {place.rpartition('.')[2]} write {written}"
 
 
+@pytest.mark.parametrize("name", ["gpu_memory_utilization", "prompt_length", "n", "top_p"])
+def test_the_server_of_another_model_has_no_field_of_the_policy(name: str) -> None:
+    server = gruppo_name(["reward", "reward_model", "rollout", name])
+    assert server == f"{NOTHING}a reward model needs no server"
+    teacher = gruppo_name(["distillation", "teacher_models", "teacher_model", "inference", name])
+    assert teacher == f"{NOTHING}there is no distillation"
+
+
 def test_answers_that_depend_on_the_value_or_need_words() -> None:
     assert answer("optimizer.warmup", 0.1) == "write optimizer.warmup_ratio"
     assert answer("optimizer.warmup", 10) == "write optimizer.warmup_steps"

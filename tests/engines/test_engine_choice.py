@@ -14,7 +14,7 @@ import torch
 
 from gruppo.config.engine_section import Engine as EngineTable
 from gruppo.config.loading import load_recipe
-from gruppo.engines import ENGINES, build_engine, check_engine, open_engine
+from gruppo.engines import ENGINES, build_engine, check_engine
 from gruppo.engines.base import Engine
 from gruppo.engines.native.engine import NativeEngine
 from gruppo.engines.vllm import launch
@@ -160,7 +160,7 @@ class Elsewhere(NativeEngine):
 
     copies_weights = True
 
-    def __init__(self, policy: LanguageModel, slots: int, length: int, settings: EngineTable) -> None:
+    def __init__(self, policy: LanguageModel, slots: int, length: int, settings: EngineTable, devices: int) -> None:
         super().__init__(make_policy(seed=99, max_position_embeddings=512), slots)
         self.length, self.settings = length, settings
 
@@ -173,18 +173,6 @@ def test_vllm_is_started_for_the_longest_sequence_and_the_probe(
     settings = EngineTable(name="vllm", memory="1 GB")
     engine: Any = build_engine(make_policy(max_position_embeddings=context), 4, settings=settings, length=length)
     assert (engine.engine.length, engine.engine.settings) == (expected, settings)
-
-
-def test_engines_are_closed_by_the_stack(monkeypatch: pytest.MonkeyPatch) -> None:
-    from contextlib import ExitStack
-
-    closed: list[NativeEngine] = []
-    monkeypatch.setattr(NativeEngine, "close", lambda self: closed.append(self))  # noqa: PLW0108  a bound method
-    with ExitStack() as stack:
-        engine = open_engine(make_policy(), EngineTable(), 10, 10, 3, stack)
-        assert engine.slots == 3
-        assert not closed
-    assert closed == [engine]
 
 
 def test_vllm_gets_memory_for_its_slots_and_no_more(tmp_path: Path) -> None:

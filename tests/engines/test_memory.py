@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 
@@ -20,8 +21,10 @@ from gruppo.engines.memory import (
     open_engine_within,
     sampling_bytes,
 )
+from gruppo.engines.native.engine import NativeEngine
 from gruppo.errors import UsageError
 from gruppo.models.footprint import Footprint, measure_footprint
+from gruppo.models.policy import LanguageModel
 from gruppo.utils.progress import NullProgress
 from tests.conftest import make_policy
 
@@ -91,6 +94,25 @@ def test_slots_are_the_most_that_the_budget_holds(slots: int) -> None:
     with ExitStack() as stack:
         engine, memory = open_engine_within(Free(budget, 0), policy, EngineTable(), [WORK], stack, NullProgress())
     assert (engine.slots, memory.peak) == (slots, budget)
+
+
+def test_the_stack_closes_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[NativeEngine] = []
+    monkeypatch.setattr(NativeEngine, "close", lambda self: closed.append(self))  # noqa: PLW0108  a bound method
+    with ExitStack() as stack:
+        engine, _ = open_engine_within(Free(10**12, 0), make_policy(), EngineTable(), [WORK], stack, NullProgress())
+        assert not closed
+    assert closed == [engine]
+
+
+@pytest.mark.parametrize("change", [lambda policy: policy, lambda policy: replace(policy, body=None)])
+def test_prompts_are_measured_as_if_all_was(change: Callable[[LanguageModel], LanguageModel]) -> None:
+    policy = change(make_policy())
+    whole, prompts = (measure_footprint(policy, 0, NullProgress(), trains=trains) for trains in (True, False))
+    found, expected = (forecast_sampling(footprint, [WORK], 8).parts for footprint in (prompts, whole))
+    assert found == pytest.approx(expected, abs=2)
+    with pytest.raises(ValueError, match="NaN"):
+        prompts.activations([(8, [4, 4])], recompute=False)
 
 
 def test_too_little_memory_is_refused_with_field_value_and_fix() -> None:

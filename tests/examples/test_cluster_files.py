@@ -200,7 +200,7 @@ def test_the_script_starts_ray_everywhere_and_the_ranks_on_the_first_node(slurm:
     assert set(called[1:]) == {
         "[4,5,6,7] ray start --head --block --port 6379 --include-dashboard=false",
         "ray status --address 10.0.0.1:6379",
-        "srun --nodes=2 --exclude=node1 ray start --address 10.0.0.1:6379 --block",
+        "srun --nodes=2 --ntasks=2 --exclude=node1 ray start --address 10.0.0.1:6379 --block",
         TORCHRUN,
     }
     assert parsed(TORCHRUN.partition(" gruppo ")[2]) == {"recipe": "recipe.toml", "out": "runs/mine", "resume": True}

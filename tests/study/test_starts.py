@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from gruppo.errors import UsageError
 from gruppo.preflight import check
@@ -27,6 +28,7 @@ from gruppo.study.runner import Outcome
 from gruppo.study.states import RunState, read_states
 from gruppo.training.api import run_recipe
 from gruppo.utils.progress import NullProgress
+from tests.fuzzing import command
 from tests.small_runs import ROWS
 from tests.study.conftest import STUDY, change, run, write_study
 
@@ -273,6 +275,20 @@ def test_a_start_without_folder_is_trained_again_for_a_run_that_needs_it(copy: P
             state["seconds"] = 0.0
     for name in ("runs", "evaluations", "questions"):
         assert after[name] == before[name]
+
+
+def test_a_run_that_goes_on_says_that_its_start_was_trained_again(copy: Path) -> None:
+    study = load_study(copy)
+    weights = named(study, "sft/seed-1").model / "model.safetensors"
+    save_file({name: 2 * tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    change(copy, "budget = { steps = 1 }\nchanges", "budget = { steps = 2 }\nchanges")
+    code, _, shown = command("study", str(copy), "--only", "slow")
+    assert code == 1
+    folder = named(study, "slow/seed-1").folder
+    assert (
+        "slow/seed-1 failed: the weights of the initial model are not those that this run started with; restore them, "
+        f"or delete {folder} to train it from the start"
+    ) in shown
 
 
 def test_starts_of_starts_are_trained_again(copy: Path) -> None:

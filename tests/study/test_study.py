@@ -174,7 +174,10 @@ def test_the_command_line(finished: Path) -> None:
     assert "learned: Is it better than before?" in printed
     assert "study.md" in printed
     for options, words in (
-        (["--plan", "--report"], "--plan: writes nothing"),
+        (["--plan", "--report"], "--plan: only shows what is left"),
+        (["--plan", "--minutes", "5"], "--minutes 5: --plan trains nothing"),
+        (["--report", "--minutes", "5"], "--minutes 5: --report trains nothing"),
+        (["--prune", "--minutes", "5"], "--minutes 5: --prune trains nothing"),
         (["--minutes", "0"], "--minutes 0: must be more than 0"),
         (["--only", "none"], "--only none: is no arm"),
     ):

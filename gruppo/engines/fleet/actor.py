@@ -13,8 +13,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from gruppo.actors.process import Hello
-from gruppo.config.engine_section import ENGINES
 from gruppo.config.engine_section import Engine as EngineTable
+from gruppo.engines import start_engine
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.engines.completions import NonFiniteError
 from gruppo.engines.fleet.parcels import received
@@ -22,7 +22,6 @@ from gruppo.errors import UsageError, first_line, out_of_memory
 from gruppo.models.blueprint import built
 from gruppo.types import Completion
 from gruppo.utils.cgroups import Memory
-from gruppo.utils.imports import import_attribute
 from gruppo.utils.system import keep_freed_memory
 
 REPORT_SECONDS = 0.5
@@ -88,10 +87,12 @@ class EngineActor:
         """Build the engine."""
         for name in _OF_RANKS:
             os.environ.pop(name, None)
-        torch.set_num_threads(self.order.threads)
+        order = self.order
+        torch.set_num_threads(order.threads)
         keep_freed_memory()
         try:
-            self.engine = _build(self.order)
+            policy = built(order.blueprint)
+            self.engine = start_engine(policy, order.slots, order.length, order.settings, order.devices)
         except Exception as error:  # noqa: BLE001  the driver reports it
             return _failure(error)
         return Hello.of_this_process()
@@ -128,14 +129,6 @@ class EngineActor:
             self.work = None
         assert self.engine is not None
         return self.engine
-
-
-def _build(order: Order) -> Engine:
-    policy, settings = built(order.blueprint), order.settings
-    engine_class = import_attribute(ENGINES.get(settings.name, settings.name), "engine.name")
-    if settings.has_own_process:
-        return engine_class(policy, order.slots, order.length, settings, order.devices)  # type: ignore[no-any-return]
-    return engine_class(policy, order.slots)  # type: ignore[no-any-return]
 
 
 def _failure(error: Exception) -> Failure:

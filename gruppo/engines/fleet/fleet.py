@@ -74,15 +74,15 @@ class Fleet(Engine):
         way: Way,
         dtypes: Mapping[str, torch.dtype],
         patience: float,
-        has_room: str,
+        room: str,
     ) -> None:
         """One engine for each of the orders; see `start`. They have no weights before the first `load_weights`.
 
         `policy`: scores the probe: the policy that is trained, or a copy of it (of the leader of several ranks, or
         of a run that samples ahead). `gpus`: of each engine. `dtypes`: those in which weights travel, by name.
-        `has_room`: what Ray has and needs, for the message if an engine finds no place.
+        `room`: what Ray has and needs, for the message if an engine finds no place.
         """
-        self.policy, self.way, self.dtypes, self.patience, self.has_room = policy, way, dtypes, patience, has_room
+        self.policy, self.way, self.dtypes, self.patience, self.room = policy, way, dtypes, patience, room
         self.slots, self.version = orders[0].slots, -1
         self.untold: list[tuple[str, str]] = []  # what happened before anyone was to be notified
         self.notify: Notify = lambda kind, message: self.untold.append((kind, message))
@@ -173,7 +173,7 @@ class Fleet(Engine):
             elif member.silent > (self.patience if member.ready else max(self.patience, START_SECONDS)):
                 starting = member.doing == "starting"
                 words = f"silent for {member.silent:.0f} s while {member.doing} (cluster.patience), so it was killed"
-                self._lose(member, f"{words}; {self.has_room}" if starting else words, starting)
+                self._lose(member, f"{words}; {self.room}" if starting else words, starting)
         return bool(answered)
 
     def _employ(self, member: Member) -> None:
@@ -193,7 +193,7 @@ class Fleet(Engine):
         if self._without > max(self.patience, START_SECONDS):
             raise RunError(
                 f"cluster.engines = {len(self.members)}: no engine has been there for {self._without:.0f} s "
-                f"({self._last_cause or self.has_room}); resume with --resume when there is room for them"
+                f"({self._last_cause or self.room}); resume with --resume when there is room for them"
             )
 
     def _hear(self, member: Member) -> None:

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from gruppo.engines.base import Engine, Request, SamplingParams
@@ -20,7 +22,7 @@ from gruppo.engines.completions import CompletionText, NonFiniteError, check_req
 from gruppo.engines.native.attention import DecodingAttention, PromptAttention
 from gruppo.engines.native.continued import Continued, ContinuedAttention
 from gruppo.engines.native.kept import Conversation, Conversations
-from gruppo.engines.native.kv_cache import PAGE_TOKENS, KVCache, room
+from gruppo.engines.native.kv_cache import PAGE_TOKENS, KVCache
 from gruppo.engines.native.layout import DecodingLayout
 from gruppo.engines.native.sampling import sample_tokens
 from gruppo.engines.native.scheduler import Finished, Job, Scheduler, Waiting
@@ -33,12 +35,10 @@ from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import WeightSource
 from gruppo.types import Completion
 from gruppo.utils.progress import Advance
-from gruppo.utils.system import free_memory
 from gruppo.utils.transfer import upload
 
 PREFILL_TOKENS = 4096
 MAX_SLOTS = 256
-MEMORY_SHARE = 0.2
 
 
 @dataclass(frozen=True)
@@ -61,18 +61,6 @@ class DecodingOptions:
         if policy.device.type == "cpu":
             return DecodingOptions(policy.cache_dtype)
         return DecodingOptions(policy.cache_dtype, PAGE_TOKENS, 1, policy.device.type == "mps")
-
-
-def choose_slots(policy: LanguageModel, prompt_tokens: int, max_tokens: int, wanted: int) -> int:
-    """Number of concurrent completions: `wanted`, at most 256, and at most what fits into a fifth of the free memory.
-
-    The result is at least 1. A slot needs the keys and values of one completion and, at worst, of one prompt that it
-    shares with no other slot.
-    """
-    page_tokens = DecodingOptions.of(policy).page_tokens
-    tokens = room(prompt_tokens, page_tokens) + room(max_tokens, page_tokens)
-    budget = MEMORY_SHARE * free_memory(policy.device)
-    return max(1, min(MAX_SLOTS, wanted, int(budget / (policy.cache_bytes * tokens))))
 
 
 class NativeEngine(Engine):
@@ -180,6 +168,7 @@ class _Decoder:
         self.layout: DecodingLayout | None = None
         self.eos, self.text = np.array(policy.eos_ids), CompletionText(policy.tokenizer, policy.eos_ids)
         self.stops: dict[int, StopFinder] = {}
+        self.new: list[_Rows] = []  # slots that were filled since the last step, and what it samples their tokens from
         self.unread: deque[_Sampled] = deque()
         self.head = self._packed_head()
 
@@ -198,14 +187,17 @@ class _Decoder:
 
     @torch.no_grad()
     def step(self) -> int:
-        """Prefill new prompts and sample first tokens if slots are free, else one token for every live slot.
+        """Fill free slots, or as many as one pass over new prompts allows; once none is left to fill, sample one token
+        for every live slot.
 
         Returns the number of sampled tokens that the host has read and that belong to completions.
         """
         if self.scheduler.can_admit:
             self.admit()
-        elif self.scheduler.live:
-            self.decode()
+        if not self.scheduler.can_admit:
+            self.scheduler.close_gaps()
+            if self.scheduler.live:
+                self.sample()
         return self.read() if len(self.unread) > self.options.lag else 0
 
     def admit(self) -> None:
@@ -216,14 +208,15 @@ class _Decoder:
         filled = scheduler.fill_slots(PREFILL_TOKENS)
         if not filled:
             return
-        slots = scheduler.active[scheduler.live - len(filled) :].copy()
-        streams = [completion.stream for completion in filled] if self.params.temperature else []
+        slots = np.array([slot for slot, _ in filled])
+        completions = [completion for _, completion in filled]
+        streams = [completion.stream for completion in completions] if self.params.temperature else []
         on_device = self.state.admit(slots, streams, self.params.max_tokens)
         if self.params.stop:
-            for slot, completion in zip(slots.tolist(), filled, strict=True):
+            for slot, completion in filled:
                 self.stops[slot] = StopFinder(self.text, completion.job.request, self.params)
         self.layout = None
-        self._sample(torch.stack(self._last_states(filled, slots)), slots, on_device)
+        self.new.append(_Rows(slots, on_device, torch.stack(self._last_states(completions, slots))))
 
     def _compute_prompts(self, taken: Sequence[tuple[Job, int, bool]]) -> None:
         """Compute the prompts of requests, unless they are in the cache or were kept."""
@@ -277,22 +270,43 @@ class _Decoder:
         ids, positions, last = upload([tokens, places, ends], torch.long, self.policy.device)
         return self.policy.hidden_states(ids[None], positions[None], plan)[0][last]
 
-    def decode(self) -> None:
-        """Sample one more token for every live slot."""
+    def sample(self) -> None:
+        """Sample one token for every live slot, with one product with the output head.
+
+        A slot that was just filled has a row of the decoding step too, so that rows and pages are those of the next
+        steps. What the row computes is replaced by the state that the first token is sampled from; what it writes to
+        the cache, by the first token's key and value.
+        """
+        new = _Rows.joined(self.new) if self.new else None
+        self.new.clear()
+        if new is not None and len(new.slots) == self.scheduler.live:
+            self._sample(new)
+            return
+        rows = self.decode()
+        if new is not None:
+            place = np.empty(self.scheduler.slots, dtype=np.int64)
+            place[rows.slots] = np.arange(len(rows.slots))
+            (places,) = upload([place[new.slots]], torch.long, self.policy.device)
+            rows = rows._replace(hidden=rows.hidden.index_copy(0, places, new.hidden))
+        self._sample(rows)
+
+    def decode(self) -> _Rows:
+        """Read the last token of every live slot."""
         scheduler, slots = self.scheduler, self.scheduler.active.copy()
-        lengths = scheduler.before[slots] + scheduler.sampled[slots]
+        lengths = scheduler.next_place[slots] + 1
         if self.cache.completions.reserve(slots, lengths) or self.layout is None:
             self.layout = DecodingLayout(scheduler, self.policy.device)
         on_device = self.layout.slots
-        length = self.layout.before + self.state.length[on_device]
+        length = self.layout.before + self.state.length[on_device].clamp(min=1)
         plan = DecodingAttention(self.layout, length, int(lengths.max()), int(lengths.min()))
         ids, positions = self.state.token[on_device], self.layout.prompt_lengths + plan.position
         hidden = self.policy.hidden_states(ids[:, None], positions[:, None], plan)
-        self._sample(hidden[:, 0], slots, on_device)
+        return _Rows(slots, on_device, hidden[:, 0])
 
-    def _sample(self, hidden: Tensor, slots: np.ndarray, on_device: Tensor) -> None:
-        """Sample the next token of `slots` from their last hidden states."""
+    def _sample(self, rows: _Rows) -> None:
+        """Sample the next token of slots from their last hidden states."""
         scheduler, state = self.scheduler, self.state
+        slots, on_device, hidden = rows
         logits = self.head.part_logits(hidden, slice(None))
         length = state.length[on_device]
         if (scheduler.sampled[slots] < self.params.min_tokens).any():
@@ -343,6 +357,20 @@ class _Decoder:
     def completion(self, request: Request, finished: Finished, version: int) -> Completion:
         """A finished completion of a request, sampled with the weights of this version."""
         return make_completion(self.text, request, finished.tokens, finished.logprobs, finished.text_end, version)
+
+
+class _Rows(NamedTuple):
+    """Slots, on the host and on the device, and the hidden states that their next tokens are sampled from."""
+
+    slots: np.ndarray
+    on_device: Int[Tensor, " N"]
+    hidden: Float[Tensor, "N H"]
+
+    @classmethod
+    def joined(cls, parts: Sequence[_Rows]) -> _Rows:
+        """All parts in one."""
+        on_device, hidden = torch.cat([part.on_device for part in parts]), torch.cat([part.hidden for part in parts])
+        return cls(np.concatenate([part.slots for part in parts]), on_device, hidden)
 
 
 @dataclass

@@ -71,7 +71,7 @@ class DecodingLayout:
         shared, results = _pieces(prompts, prompts.table[entries], rows_of_entry, count)
         parts = np.concatenate([own_results, np.where(results[group] < 0, -1, results[group] + rank[:, None])], axis=1)
         before = scheduler.before[slots]
-        written = _written(completions, table, before + scheduler.sampled[slots] - 1)
+        written = _written(completions, table, scheduler.next_place[slots])
         arrays = [slots, before, lengths[group], order, prompts.table[entries[group], 0]]
         arrays += [parts[:, (parts >= 0).any(axis=0)]]
         arrays += [array for piece in (*own, *shared) for array in (piece.rows, piece.start)]

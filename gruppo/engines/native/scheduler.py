@@ -70,8 +70,8 @@ class Scheduler:
     """The slots, and the queues of requests and completions that wait for them.
 
     A completion keeps its slot. The rows of a decoding step are the live slots, in the order of `active`. A finished
-    completion is replaced by the next one of the queue. When the queue is empty, the last row moves into the gap; where
-    the cache has one page per slot, so does its page, so that rows 0, 1, … are pages 0, 1, ….
+    completion leaves a gap, which the next one of the queue takes. When the queue is empty, the last row moves into
+    it; where the cache has one page per slot, so does its page, so that rows 0, 1, … are pages 0, 1, ….
 
     `sampled` counts the tokens of a slot that are sampled, `length` those of them that the host has read, and `before`
     the own tokens of its request, which precede them in its pages.
@@ -81,7 +81,8 @@ class Scheduler:
         self.slots, self.params, self.cache, self.live = slots, params, cache, 0
         self.queue = deque(job for job in jobs if job.request.streams)
         self.waiting: deque[Waiting] = deque()
-        self.rows = np.arange(slots)  # the first `live` are those of the live slots, the others are free
+        self.rows = np.arange(slots)  # first those of the live slots, with gaps between them; the others are free
+        self.gaps: list[int] = []  # rows
         self.owner: list[tuple[int, int]] = [(0, 0)] * slots  # (request, index of the completion in it)
         self.entry = np.zeros(slots, dtype=np.int64)  # entry of its prompt in the cache
         self.before = np.zeros(slots, dtype=np.int64)
@@ -97,7 +98,13 @@ class Scheduler:
     @property
     def active(self) -> np.ndarray:
         """The live slots, row by row."""
-        return self.rows[: self.live]
+        return np.delete(self.rows[: self.live + len(self.gaps)], self.gaps)
+
+    @property
+    def next_place(self) -> np.ndarray:
+        """Where the next key and value of each slot belong, in its pages; those of a slot without a token at its first
+        token's."""
+        return self.before + np.maximum(self.sampled, 1) - 1
 
     @property
     def free(self) -> int:
@@ -117,13 +124,14 @@ class Scheduler:
     def next_jobs(self, most_tokens: int) -> list[tuple[Job, int, bool]]:
         """Take the next requests from the queue, each with its entry of the cache, and whether its prompt is in it.
 
-        Takes as many as free slots, free entries and `most_tokens` prompt tokens to compute allow. The first prompt to
-        compute may be longer.
+        Takes none if enough completions wait for the free slots, and otherwise as many as free entries and
+        `most_tokens` prompt tokens to compute allow, so that prompts are computed together, also those of completions
+        that have no slot yet. The first prompt to compute may be longer.
         """
         taken: list[tuple[Job, int, bool]] = []
         entries = deque(self.cache.free_entries)
-        room, tokens = self.free - len(self.waiting), 0
-        while self.queue and room > 0:
+        tokens = 0
+        while self.queue and len(self.waiting) < self.free:
             job = self.queue[0]
             entry = self._entries.get(job.prompt) if job.own else None
             there, size = entry is not None, len(job.prompt) if job.kept is None else 0
@@ -133,7 +141,6 @@ class Scheduler:
                 entry, tokens = entries.popleft(), tokens + size
                 self._entries.setdefault(job.prompt, entry)
             self.queue.popleft()
-            room -= len(job.request.streams)
             taken.append((job, entry, there))
         return taken
 
@@ -145,23 +152,26 @@ class Scheduler:
             limit = job.request.limit(number, self.params)
             self.waiting.append(Waiting(job, number, tuple(stream), limit, entry, state))
 
-    def fill_slots(self, most_tokens: int) -> list[Waiting]:
-        """Assign waiting completions to the free slots, which become the last rows. Returns them, row by row.
+    def fill_slots(self, most_tokens: int) -> list[tuple[int, Waiting]]:
+        """Assign waiting completions to the free slots, first to those in gaps. Returns both, row by row.
 
         Takes as many as free slots and `most_tokens` own tokens to compute allow. The first may have more.
         """
-        filled: list[Waiting] = []
+        filled: list[tuple[int, Waiting]] = []
         tokens = 0
         while self.waiting and self.free:
             job = self.waiting[0].job
             more = len(job.own) - job.known
             if tokens and tokens + more > most_tokens:
                 break
-            new, slot = self.waiting.popleft(), int(self.rows[self.live])
+            gap = min(self.gaps, default=None)
+            if gap is not None:
+                self.gaps.remove(gap)
+            new, slot = self.waiting.popleft(), int(self.rows[self.live if gap is None else gap])
             self.owner[slot], self.entry[slot], self.limit[slot] = (job.index, new.number), new.entry, new.limit
             self.sampled[slot] = self.length[slot] = 0
             self.before[slot] = len(job.own)
-            filled.append(new)
+            filled.append((slot, new))
             self.live += 1
             tokens += more
         return filled
@@ -173,7 +183,7 @@ class Scheduler:
         self.length[slots] += 1
 
     def retire(self, slot: int, text_end: int | None) -> None:
-        """Record the completion of a slot as finished, and move the last row into its place."""
+        """Record the completion of a slot as finished. Its row becomes a gap."""
         length = int(self.length[slot])
         tokens, logprobs = self.tokens[slot, :length].tolist(), self.logprobs[slot, :length].tolist()
         request, number = self.owner[slot]
@@ -184,11 +194,17 @@ class Scheduler:
             self._entries = {prompt: place for prompt, place in self._entries.items() if place != entry}
         self.cache.completions.release(slot)
         self.live -= 1
-        row, last = int(np.flatnonzero(self.rows == slot)[0]), int(self.rows[self.live])
-        self.rows[row], self.rows[self.live] = last, slot
-        if self.cache.whole and row != self.live and self.cache.completions.table[last, 0] >= 0:
-            tokens = int(self.before[last] + self.sampled[last]) - 1  # the last token is not in the cache yet
-            self.cache.completions.fill_gap(last, row, tokens)
+        self.gaps.append(int(np.flatnonzero(self.rows == slot)[0]))
+
+    def close_gaps(self) -> None:
+        """Move the last rows into the gaps."""
+        for row in sorted(self.gaps, reverse=True):
+            end = self.live + len(self.gaps) - 1
+            last = int(self.rows[end])
+            self.rows[[row, end]] = last, self.rows[row]
+            self.gaps.remove(row)
+            if self.cache.whole and row != end and self.cache.completions.table[last, 0] >= 0:
+                self.cache.completions.fill_gap(last, row, int(self.next_place[last]))
 
     def take_finished(self) -> list[tuple[int, list[Finished]]]:
         """The requests whose last completion finished since the previous call, with their completions in order."""

@@ -49,25 +49,30 @@ def check_recipe(recipe: Recipe, device: torch.device, dtype: torch.dtype) -> No
             f'model.dtype = "{name}": vLLM computes in float32 or bfloat16 only; write one of them, or engine.name = '
             '"native"'
         )
-    if recipe.engine.device is not None and device.type != "cuda":
-        raise UsageError(
-            f"engine.device = {recipe.engine.device}: is a CUDA device, and the model is on {device.type}; remove it"
-        )
-    if recipe.engine.device is not None and recipe.engine.device >= torch.cuda.device_count():
-        raise UsageError(
-            f"engine.device = {recipe.engine.device}: there are {torch.cuda.device_count()} CUDA devices, counted from "
-            "0; write a smaller number, or leave it out"
-        )
-    if recipe.engine.device is not None and recipe.engine.device == _number(device):
-        raise UsageError(
-            f"engine.device = {recipe.engine.device}: is the device of the trained model; leave it out to share that "
-            "device, where vLLM then sleeps while the model is trained"
-        )
+    if recipe.engine.device is not None:
+        _check_device(recipe.engine.device, device)
     _check_temperature("sampling.temperature", recipe.sampling.temperature)
     if recipe.evaluation is not None:
         _check_decoding("evaluation.decoding", recipe.evaluation.decoding)
     for index, benchmark in enumerate(recipe.benchmarks):
         _check_decoding(f"benchmarks[{index}].decoding", benchmark.decoding)
+
+
+def _check_device(number: int, trained: torch.device) -> None:
+    """Raise UsageError unless vLLM can have a CUDA device of its own. `trained`: the device of the trained model."""
+    if trained.type != "cuda":
+        problem = f"is a CUDA device, and the model is on {trained.type}; remove it"
+    elif number >= torch.cuda.device_count():
+        there = torch.cuda.device_count()
+        problem = f"there are {there} CUDA devices, counted from 0; write a smaller number, or leave it out"
+    elif number == _number(trained):
+        problem = (
+            "is the device of the trained model; leave it out to share that device, where vLLM then sleeps while the "
+            "model is trained"
+        )
+    else:
+        return
+    raise UsageError(f"engine.device = {number}: {problem}")
 
 
 def _number(device: torch.device) -> int:

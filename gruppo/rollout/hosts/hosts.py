@@ -40,9 +40,9 @@ class Hosts:
     processes; see `LostError`. What has happened is reported, and errors are raised, where answers are taken.
     """
 
-    def __init__(self, count: int, patience: float, has_room: str) -> None:
-        """`has_room`: what Ray has and needs, for the message if a host finds no place."""
-        self.machines, self.patience, self.has_room = count, patience, has_room
+    def __init__(self, count: int, patience: float, room: str) -> None:
+        """`room`: what Ray has and needs, for the message if a host finds no place."""
+        self.machines, self.patience, self.room = count, patience, room
         self.untold: list[tuple[str, str]] = []  # what happened before anyone was to be notified
         self.notify: Notify = lambda kind, message: self.untold.append((kind, message))
         beat = min(BEAT_SECONDS, patience / 10)
@@ -157,12 +157,12 @@ class Hosts:
                     self._hear(member, answers[member.number])
                 elif member.silent > (self.patience if member.ready else max(self.patience, START_SECONDS)):
                     words = f"silent for {member.silent:.0f} s (cluster.patience), so it was killed"
-                    self._lose(member, member.cause(words if member.ready else f"{words}; {self.has_room}"))
+                    self._lose(member, member.cause(words if member.ready else f"{words}; {self.room}"))
             self._without = 0.0 if any(member.ready for member in self.members) else self._without + passed
             if self._without > max(self.patience, START_SECONDS):
                 raise RunError(
                     f"cluster.reward_hosts = {self.machines}: no host has been there for {self._without:.0f} s "
-                    f"({self._last_cause or self.has_room}); resume with --resume when there is room for them"
+                    f"({self._last_cause or self.room}); resume with --resume when there is room for them"
                 )
             self._changed.notify_all()
 

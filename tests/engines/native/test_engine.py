@@ -10,7 +10,7 @@ import torch
 
 from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.native import engine as native
-from gruppo.engines.native.engine import DecodingOptions, NativeEngine, choose_slots
+from gruppo.engines.native.engine import DecodingOptions, NativeEngine
 from gruppo.engines.native.kv_cache import PAGE_TOKENS, PageStore, room
 from gruppo.engines.native.transfer import Download
 from gruppo.models.attention.interface import Layer
@@ -137,15 +137,9 @@ def test_what_a_page_holds_is_what_was_stored() -> None:
         assert not read[:, 9:].any()
 
 
-def test_slots_are_chosen_by_the_room_that_pages_take(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pages_take_room_as_a_whole() -> None:
     assert [room(tokens, None) for tokens in (1, 255, 300)] == [1, 255, 300]
     assert [room(tokens, PAGE_TOKENS) for tokens in (1, 255, 256, 257, 1000)] == [1, 255, 256, 512, 1024]
-    policy = make_policy()
-    monkeypatch.setattr(native, "free_memory", lambda _: 5 * policy.cache_bytes * (100 + 300) * 7 + 5)
-    assert choose_slots(policy, 100, 300, 99) == 7
-    paged = staticmethod(lambda _: DecodingOptions(torch.float32, page_tokens=PAGE_TOKENS))
-    monkeypatch.setattr(native.DecodingOptions, "of", paged)
-    assert choose_slots(policy, 100, 300, 99) == 4
 
 
 def test_layers_are_allocated_as_they_come() -> None:

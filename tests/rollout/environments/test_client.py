@@ -17,7 +17,7 @@ from gruppo.rollout.environments.client import (
     open_environments,
 )
 from gruppo.utils.progress import NullProgress
-from gruppo.utils.waiting import watched
+from gruppo.utils.waiting import WaitWatcher
 from tests.rollout.environments.test_protocol import FakePool
 
 WORLDS = "tests/rollout/environments/worlds.py"
@@ -151,13 +151,13 @@ def test_no_sandbox_is_needed_if_nothing_is_sampled() -> None:
     open_environments(Environment(name="python"), [], None, NullProgress(), played=False).close()
 
 
-class Notes(NullProgress):
-    """Raises in `tick` once it was noted that something is waited for."""
+class Notes:
+    """Raises in `tick` once it was told that something is waited for."""
 
     def __init__(self, awaited: str) -> None:
         self.awaited, self.noted = awaited, threading.Event()
 
-    def note(self, text: str) -> None:
+    def tell(self, text: str, _: bool) -> None:
         if text.startswith(f"waiting for {self.awaited} since "):
             self.noted.set()
 
@@ -167,7 +167,7 @@ class Notes(NullProgress):
 
 
 class NotedError(Exception):
-    """The note was seen."""
+    """The watcher has told."""
 
 
 def test_an_environment_that_hangs_is_named() -> None:
@@ -175,7 +175,7 @@ def test_an_environment_that_hangs_is_named() -> None:
     (play,) = plays({"what": "hang in step"})
     environments.answer([play], nothing)
     play.texts.append("a")
-    with watched(notes, first=0.05, every=0.01), pytest.raises(NotedError):
+    with WaitWatcher(notes.tell, first=0.05).running(0.01), pytest.raises(NotedError):
         environments.answer([play], notes.tick)
     environments.close()
 
@@ -184,6 +184,6 @@ def test_a_sandbox_that_hangs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     notes, pool = Notes("Python blocks in the sandbox"), FakePool()
     environments = PythonEnvironments(pool, 1)  # type: ignore[arg-type]
     monkeypatch.setattr(PythonEnvironments, "_step", lambda *_: notes.noted.wait(600))
-    with watched(notes, first=0.05, every=0.01), pytest.raises(NotedError):
+    with WaitWatcher(notes.tell, first=0.05).running(0.01), pytest.raises(NotedError):
         environments.answer(plays({}, {}), notes.tick)
     environments.close()
