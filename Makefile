@@ -55,10 +55,11 @@ check: $(VENV)/.ready-dev
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/mypy
 
+# One process for each processor, but at most four: each takes memory, and 20 to 30 seconds of CPU time to begin.
 # worksteal: each process runs whole files until one of them has nothing left, so that it makes the fixtures of a file
 # once.
 unit: $(VENV)/.ready-dev bubblewrap
-	$(BIN)/python -m pytest -n 2 --dist worksteal
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 --dist worksteal
 
 # The tests start hundreds of processes. Without stored bytecode, each of them would compile gruppo anew.
 unexport PYTHONDONTWRITEBYTECODE

@@ -19,6 +19,7 @@ from gruppo.models.compatibility import wrap_model
 from gruppo.models.policy import LanguageModel
 from gruppo.models.weights import save_model
 from gruppo.types import Completion, Group, Prompt, Reward
+from tests.prestarted import prestarted_workers
 
 torch.set_num_threads(1)
 device = "cpu"  # of the models that `make_policy` makes; see --device
@@ -171,6 +172,14 @@ def random_groups(seed: int = 0, groups: int = 3, size: int = 4, uneven: bool = 
         completions = [[source.randrange(1, 48) for _ in range(length)] for length in lengths]
         result.append(make_group(prompt, completions, [source.gauss(0, 1) for _ in range(size)]))
     return result
+
+
+@pytest.fixture(scope="module")
+def quick_workers() -> Iterator[None]:
+    """Reward processes are forked in a module that uses this; the starts of real ones are tested in
+    tests/rollout/workers."""
+    with prestarted_workers():
+        yield
 
 
 @pytest.fixture(scope="session")

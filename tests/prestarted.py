@@ -1,8 +1,9 @@
 """Worker processes that are forked from one that has imported what they need: a start takes a fraction of the time.
 
 `prestarted_workers()` puts a `Start` for subprocess.Popen in gruppo.rollout.workers.supervised, for the processes of
-rewards. Supervisor and worker are processes of their own as usual, and run the usual code; only Python's start and the
-imports are saved. Tests of the processes themselves (tests/rollout/workers, tests/rewards) start them as a run does.
+rewards and of environments. Supervisor and worker are processes of their own as usual, and run the usual code; only
+Python's start and the imports are saved. Tests of the processes themselves (tests/rollout/workers, tests/rewards) start
+them as a run does.
 
     python tests/prestarted.py SOCKET_FD
 
@@ -25,8 +26,10 @@ from types import SimpleNamespace
 from typing import Any, NoReturn
 from unittest import mock
 
+from gruppo.rollout.environments import worker_main
 from gruppo.rollout.workers import reward_main, supervisor
 
+MODULES = {reward_main.__name__, worker_main.__name__}  # that workers run
 MOST = 1 << 20  # bytes of a request
 ABOVE = 500  # descriptors from here on are free
 PATH = os.environ.get("PYTHONPATH")  # Python reads it when it starts
@@ -99,7 +102,7 @@ def prestarted_workers() -> Iterator[None]:
         return
 
     def start(command: Sequence[str], **options: Any) -> Any:
-        if reward_main.__name__ in command and options["env"].get("PYTHONPATH") == PATH:
+        if not MODULES.isdisjoint(command) and options["env"].get("PYTHONPATH") == PATH:
             return Start(server, command, **options)
         return subprocess.Popen(command, **options)
 

@@ -16,6 +16,7 @@ import tomli_w
 from gruppo.config.loading import without_unused_fields
 from gruppo.runs.results import Result
 from gruppo.training.api import train
+from tests.prestarted import prestarted_workers
 
 ROWS = [{"prompt": f"{first}{second}", "answer": first} for first in "abcdef" for second in "123"]
 
@@ -53,7 +54,9 @@ def recipe_folder(folder: Path, model: Path, rows: list[dict[str, Any]] = ROWS, 
 
 
 def small_run(model: str, out: Path, resume: bool = False, **changes: Any) -> Result:
-    return train(recipe(model, **changes), prompts=ROWS, out=out, resume=resume, progress=False)
+    """A run whose reward processes are forked, which saves a third of the time of a run of one step."""
+    with prestarted_workers():
+        return train(recipe(model, **changes), prompts=ROWS, out=out, resume=resume, progress=False)
 
 
 def fingerprint(out: Path) -> dict[str, Any]:

@@ -220,9 +220,13 @@ def test_fields_that_a_recipe_sets_keep_their_names_in_eval(tmp_path: Path) -> N
 
 
 def test_bad_usage_is_exit_code_2() -> None:
-    for arguments in (["train"], ["train", "x.toml"], ["train", "x.toml", "--nonsense"], ["nonsense"], ["eval", "m",
-                      "--device", "tpu"], ["sample", "m", "-p", "x", "-n", "0"]):  # fmt: skip
-        failed = gruppo_process(*arguments)
+    """Also that of the process, which is started once."""
+    for run, arguments in (
+        (gruppo_process, ["train", "x.toml", "--nonsense"]), (gruppo, ["train"]), (gruppo, ["train", "x.toml"]),
+        (gruppo, ["nonsense"]), (gruppo, ["eval", "m", "--device", "tpu"]),
+        (gruppo, ["sample", "m", "-p", "x", "-n", "0"]),
+    ):  # fmt: skip
+        failed = run(*arguments)
         assert failed.returncode == 2
         assert "Traceback" not in failed.stderr
 

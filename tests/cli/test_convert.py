@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
-import sys
 from pathlib import Path
 
 from gruppo.config.loading import load_recipe
+from tests.fuzzing import command
 
 YAML = """\
 model_name_or_path: example/tiny
@@ -20,8 +21,8 @@ use_peft: true
 
 
 def gruppo(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "gruppo.cli.main", "convert", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=60)
+    with contextlib.chdir(folder):
+        return subprocess.CompletedProcess(arguments, *command("convert", *arguments))
 
 
 def test_a_file_becomes_a_recipe_with_a_summary(tmp_path: Path) -> None:

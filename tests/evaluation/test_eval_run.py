@@ -28,6 +28,8 @@ from tests.cli.test_cli import gruppo
 from tests.conftest import make_policy
 from tests.small_runs import ROWS, Killed, recipe, small_run
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
+
 LETTERS = "tests/functions_of_users.py:begins_early"
 
 

@@ -21,6 +21,8 @@ from gruppo.utils.stats import bootstrap_interval
 from tests.conftest import make_policy
 from tests.small_runs import ROWS, small_run
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
+
 LETTERS = "tests/functions_of_users.py:begins_early"
 
 

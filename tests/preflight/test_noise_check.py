@@ -19,6 +19,8 @@ from gruppo.utils.metrics import Metrics
 from gruppo.utils.progress import NullProgress
 from tests.conftest import make_policy, random_groups
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
+
 
 def recipe_of(**method: Any) -> Recipe:
     return load_recipe({

@@ -33,6 +33,8 @@ from gruppo.utils.stats import wilson_interval
 from tests.conftest import make_completion, make_group
 from tests.preflight.test_check import data  # noqa: F401  # a fixture
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
+
 NAMES = {"last_number": 1.0}
 
 

@@ -9,6 +9,7 @@ import ast
 import json
 import pickle
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,16 @@ from gruppo.rollout.workers.rewards import RewardPool
 from gruppo.training.api import train
 from tests.small_runs import ROWS, recipe
 
-CALLS = [
-    (path, node)
-    for path in sorted(Path("gruppo").rglob("*.py"))
-    for node in ast.walk(ast.parse(path.read_text()))
-    if isinstance(node, ast.Call)
-]
 
-
-def called(node: ast.Call) -> str:
-    """The dotted name of the function that is called."""
-    return ast.unparse(node.func)
+@cache
+def calls() -> list[tuple[Path, ast.Call, str]]:
+    """Every call in the source, with the dotted name of the function that is called."""
+    return [
+        (path, node, ast.unparse(node.func))
+        for path in sorted(Path("gruppo").rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call)
+    ]
 
 
 def argument(node: ast.Call, name: str) -> str | None:
@@ -46,9 +46,9 @@ def test_nothing_reads_a_pickle_from_a_file() -> None:
     reasoning-gym's rows, and what the leader tells the other ranks and the engines of a run."""
     readers = {
         f"{path}: {ast.unparse(node)}"
-        for path, node in CALLS
-        if called(node).split(".")[-1] in {"load", "loads", "Unpickler", "read_pickle", "find_class"}
-        and called(node).split(".")[0] not in {"json", "tomllib", "worker"}
+        for path, node, name in calls()
+        if name.split(".")[-1] in {"load", "loads", "Unpickler", "read_pickle", "find_class"}
+        and name.split(".")[0] not in {"json", "tomllib", "worker"}
     } - {
         "gruppo/data/loading.py: load(split, **options)",  # a user-defined function
         "gruppo/training/model_card.py: ModelCard.load(folder / 'README.md')",  # text
@@ -75,38 +75,33 @@ def test_forbidden_calls() -> None:
     allowed = {"re.compile", "torch.compile", "model.eval", "loaded[0].eval", "self._llama.eval"} | {
         f"inspect.signature({function}).bind" for function in ("method", "load", "load_benchmark", "tool", "kind")
     }
-    calls = {
-        f"{path}: {called(node)}"
-        for path, node in CALLS
-        if called(node).split(".")[-1] in forbidden and called(node) not in allowed
-    }
+    found = {f"{path}: {name}" for path, _, name in calls() if name.split(".")[-1] in forbidden and name not in allowed}
     # Only the worker inside the sandbox runs code. Only the dashboard listens, and the ranks of a run, for each other.
-    assert calls == {f"gruppo/rollout/sandbox/worker_main.py: {name}" for name in ("exec", "eval", "compile")} | {
+    assert found == {f"gruppo/rollout/sandbox/worker_main.py: {name}" for name in ("exec", "eval", "compile")} | {
         *(f"gruppo/ui/server.py: found.{name}" for name in ("bind", "listen")),
         "gruppo/cluster/joining.py: dist.init_process_group",
     }
     assert not [
-        f"{path}: {called(node)}" for path, node in CALLS if argument(node, "shell") or argument(node, "allow_pickle")
+        f"{path}: {name}" for path, node, name in calls() if argument(node, "shell") or argument(node, "allow_pickle")
     ]
-    assert not [
-        f"{path}: {called(node)}" for path, node in CALLS if called(node) in {"torch.load", "torch.save", "np.load"}
-    ]
+    assert not [f"{path}: {name}" for path, _, name in calls() if name in {"torch.load", "torch.save", "np.load"}]
 
 
 def test_models_are_loaded_from_safetensors_and_without_their_code() -> None:
-    loading = [(path, node) for path, node in CALLS if called(node).endswith((".from_pretrained", ".from_config"))]
-    loading = [(path, node) for path, node in loading if not called(node).startswith("type(given)")]  # in-memory model
+    loading = [call for call in calls() if call[2].endswith((".from_pretrained", ".from_config"))]
+    loading = [call for call in loading if not call[2].startswith("type(given)")]  # in-memory model
     assert len(loading) >= 12
     trusted = {"False", "trust_remote_code", "trust"}
-    with_code = [
-        (path, node) for path, node in loading if not called(node).startswith(("peft.", "GenerationConfig."))
-    ]  # JSON
-    assert not [f"{path}: {called(n)}" for path, n in with_code if argument(n, "trust_remote_code") not in trusted]
-    weights = [
-        (path, node) for path, node in loading if "output_loading_info" in ast.unparse(node) or "Model" in called(node)
+    with_code = [call for call in loading if not call[2].startswith(("peft.", "GenerationConfig."))]  # JSON
+    assert not [
+        f"{path}: {name}" for path, node, name in with_code if argument(node, "trust_remote_code") not in trusted
     ]
-    assert not [f"{path}: {called(n)}" for path, n in weights
-                if called(n).endswith("pretrained") and argument(n, "use_safetensors") != "True"]  # fmt: skip
+    weights = [call for call in loading if "output_loading_info" in ast.unparse(call[1]) or "Model" in call[2]]
+    assert not [
+        f"{path}: {name}"
+        for path, node, name in weights
+        if name.endswith("pretrained") and argument(node, "use_safetensors") != "True"
+    ]
 
 
 class Bomb:

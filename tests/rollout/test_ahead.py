@@ -25,6 +25,8 @@ from gruppo.utils.progress import NullProgress
 from gruppo.utils.signals import Interrupted, Stop
 from gruppo.utils.waiting import Wait, WatchedProgress
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
+
 STEPS = 8
 
 

@@ -35,6 +35,8 @@ from tests.conftest import END, make_policy, make_tokenizer
 from tests.rollout.environments.test_protocol import FakePool
 from tests.small_runs import ROWS, fingerprint, killed, recipe
 
+pytestmark = pytest.mark.usefixtures("quick_workers")
+
 TEMPERATURE = 0.8
 WORLDS = "tests/rollout/environments/worlds.py"
 LETTERS = {"name": f"{WORLDS}:Letters", "options": {"rounds": 3}, "workers": 1}

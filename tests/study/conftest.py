@@ -13,6 +13,7 @@ from gruppo.study.arms import load_study
 from gruppo.study.runner import Outcome, StudyRunner
 from gruppo.utils.progress import NullProgress
 from gruppo.utils.signals import stop_on_signals
+from tests.prestarted import prestarted_workers
 from tests.small_runs import ROWS
 
 STUDY = """
@@ -93,7 +94,7 @@ def write_study(folder: Path, model: str, tokens: int = 150, text: str = STUDY) 
 
 
 def run(file: Path, **options: Any) -> Outcome:
-    with stop_on_signals(kills=True) as stop:
+    with prestarted_workers(), stop_on_signals(kills=True) as stop:
         return StudyRunner(load_study(file), NullProgress(), stop, **options).run()
 
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.prestarted import prestarted_workers
 from tests.small_runs import small_run
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_workers() -> Iterator[None]:
-    """Reward processes are forked here; the starts of real ones are tested in tests/rollout/workers."""
-    with prestarted_workers():
-        yield
+def forked(quick_workers: None) -> None:
+    """Every test of this folder has quick workers."""
 
 
 @pytest.fixture(scope="session")

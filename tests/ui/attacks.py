@@ -62,10 +62,13 @@ def lines_of(objects: Sequence[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(entry) + "\n" for entry in objects)
 
 
-def write_run(folder: Path, texts: Sequence[str] = ATTACKS, lone: str = SURROGATE) -> Path:
-    """A finished run of two steps with these texts wherever a run has text. `lone`: a text for JSON alone."""
+def write_run(
+    folder: Path, texts: Sequence[str] = ATTACKS, lone: str = SURROGATE, rows: Sequence[str] | None = None
+) -> Path:
+    """A finished run of two steps with these texts wherever a run has text. `lone`: a text for JSON alone; `rows`: the
+    texts of the tables, by default all."""
     folder.mkdir(parents=True)
-    first, name = texts[0], texts[3]
+    first, name, rows = texts[0], texts[3], texts if rows is None else rows
     data = recipe(
         first, run__steps=2, task__name=texts[1], evaluation__task=texts[4], evaluation__grader="exact_match",
         reward__functions=[f"tests/rewards/functions.py:{text}" for text in texts],
@@ -99,10 +102,10 @@ def write_run(folder: Path, texts: Sequence[str] = ATTACKS, lone: str = SURROGAT
     status = {"state": name, "phase": name, "unit": name, "step": 2, "steps": 2, "heartbeat": name}
     (folder / "status.json").write_text(json.dumps(status))
     (folder / "rewards.log").write_text("\n".join(texts), encoding="utf-8")
-    write_table(folder / "rollouts/step-000001.parquet", ROLLOUTS, rollouts(1, texts, lone))
-    write_table(folder / "rollouts/step-000002.parquet", ROLLOUTS, rollouts(2, texts, lone))
-    write_table(folder / "evaluations/step-000000.parquet", EVALUATIONS, evaluation(texts, lone, False))
-    write_table(folder / "evaluations/step-000002.parquet", EVALUATIONS, evaluation(texts, lone, True))
+    write_table(folder / "rollouts/step-000001.parquet", ROLLOUTS, rollouts(1, rows, lone))
+    write_table(folder / "rollouts/step-000002.parquet", ROLLOUTS, rollouts(2, rows, lone))
+    write_table(folder / "evaluations/step-000000.parquet", EVALUATIONS, evaluation(rows, lone, False))
+    write_table(folder / "evaluations/step-000002.parquet", EVALUATIONS, evaluation(rows, lone, True))
     return folder
 
 
@@ -154,11 +157,12 @@ def tokens(text: str, logprobs: str = "sampling_logprobs") -> dict[str, Any]:
 
 
 def write_damaged(root: Path) -> dict[str, Path]:
-    """Folders of runs that are damaged, each in another way, by name."""
+    """Folders of runs that are damaged, each in another way, by name. Their tables are small: most are not damaged, and
+    every text in them is a group, a question and a set of an evaluation."""
     made = {}
 
     def run(name: str) -> Path:
-        made[name] = write_run(root / name, harmless(8), "words")
+        made[name] = write_run(root / name, harmless(8), "words", harmless(2))
         return made[name]
 
     for kind, content in {"bytes": b"\x00\xff{[" * 50 + b"\n", "empty": b"", "deep": b"[" * 100_000 + b"\n"}.items():

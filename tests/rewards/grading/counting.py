@@ -1,7 +1,8 @@
 """Count the steps that a backtracking matcher takes, to test how the work of a pattern grows with its text.
 
 A step is one attempt to match one node of the pattern at one place. The matcher follows `re` for the constructs that
-the readers use.
+the readers use. Most attempts fail because of the letters before and after the place, always after the same number of
+steps. These are counted once for each pair of letters (`_failure`), not at each place.
 """
 
 from __future__ import annotations
@@ -26,8 +27,9 @@ Node = tuple[Any, Any]
 
 
 @cache
-def _parsed(pattern: str, flags: int) -> list[Node]:
-    return _nodes(parser.parse(pattern, flags))
+def _parsed(pattern: str, flags: int) -> tuple[list[Node], dict[tuple[str, str], int | None]]:
+    """The nodes of a pattern, and the steps of its failures by the letters around the place."""
+    return _nodes(parser.parse(pattern, flags)), {}
 
 
 def _nodes(tree: Any) -> list[Node]:
@@ -39,7 +41,7 @@ def _operand(operation: Any, value: Any) -> Any:
     if operation in _SINGLE:
         return value, dict[tuple[str, int], bool]()
     if operation is c.BRANCH:
-        return [_nodes(branch) for branch in value[1]]
+        return [_nodes(branch) for branch in value[1]], dict[tuple[str, str, int], list[Any]]()
     if operation is c.SUBPATTERN:
         return value[1], value[2], _nodes(value[3])
     if operation in (c.ASSERT, c.ASSERT_NOT):
@@ -52,11 +54,22 @@ def _operand(operation: Any, value: Any) -> Any:
     return value
 
 
+def _in_a_loop(operation: Any, nodes: Sequence[Node]) -> bool:
+    """Whether a repeat is tried in a loop, which counts each try."""
+    simple = len(nodes) == 1 and nodes[0][0] in _SINGLE
+    return operation is c.POSSESSIVE_REPEAT or (simple and operation is c.MAX_REPEAT)
+
+
+def _sum(*steps: int | None) -> int | None:
+    """None if any of them is."""
+    return None if None in steps else sum(one for one in steps if one)
+
+
 class Counter:
     """Steps of a pattern on a text: `Counter(pattern, text, limit).search_all()`."""
 
     def __init__(self, pattern: re.Pattern[str], text: str, limit: int) -> None:
-        self.tree = _parsed(pattern.pattern, pattern.flags)
+        self.tree, self.failures = _parsed(pattern.pattern, pattern.flags)
         self.flags, self.text, self.limit, self.steps = pattern.flags, text, limit, 0
 
     def match(self) -> int:
@@ -67,9 +80,25 @@ class Counter:
     def search_all(self) -> int:
         place = 0
         while place <= len(self.text):
-            end = self._sequence(self.tree, 0, place, self.flags, lambda at: at)
+            around = self._around(place)
+            if around not in self.failures:
+                self.failures[around] = self._failure(self.tree, *around, self.flags)
+            end, steps = None, self.failures[around]
+            if steps is None:
+                end = self._sequence(self.tree, 0, place, self.flags, lambda at: at)
+            else:
+                self._take(steps)
             place = place + 1 if end is None or end == place else end
         return self.steps
+
+    def _around(self, place: int) -> tuple[str, str]:
+        """The letters before and after a place, "" where the text begins or ends."""
+        return self.text[max(0, place - 1) : place], self.text[place : place + 1]
+
+    def _take(self, steps: int) -> None:
+        self.steps += steps
+        if self.steps > self.limit:
+            raise TooManyStepsError
 
     def _sequence(self, nodes: Sequence[Node], index: int, place: int, flags: int, after: Next) -> int | None:
         while index < len(nodes):
@@ -79,11 +108,12 @@ class Counter:
             operation, value = nodes[index]
             index += 1
             if operation in _SINGLE:
-                if not self._one(operation, value, place, flags):
+                if not self._one(operation, value, self.text[place : place + 1], flags):
                     return None
                 place += 1
             elif operation is c.AT:
-                if not self._at(value, place):
+                holds = self._at(value, *self._around(place))
+                if not (place == len(self.text) - 1 if holds is None else holds):
                     return None
             else:
                 return self._compound(operation, value, place, flags, self._rest(nodes, index, flags, after))
@@ -94,8 +124,13 @@ class Counter:
 
     def _compound(self, operation: Any, value: Any, place: int, flags: int, rest: Next) -> int | None:
         if operation is c.BRANCH:
-            for branch in value:
-                if (end := self._sequence(branch, 0, place, flags, rest)) is not None:
+            branches, known = value
+            key = *self._around(place), flags
+            if key not in known:
+                known[key] = self._open(branches, *key)
+            for failed, branch in known[key]:
+                self._take(failed)
+                if branch is not None and (end := self._sequence(branch, 0, place, flags, rest)) is not None:
                     return end
             return None
         if operation is c.SUBPATTERN:
@@ -114,8 +149,7 @@ class Counter:
     def _repeat(self, operation: Any, value: Any, place: int, flags: int, rest: Next) -> int | None:
         low, high, nodes = value
         ends, at = [place], place
-        simple = len(nodes) == 1 and nodes[0][0] in _SINGLE
-        if operation is c.POSSESSIVE_REPEAT or (simple and operation is c.MAX_REPEAT):
+        if _in_a_loop(operation, nodes):
             while high is c.MAXREPEAT or len(ends) <= high:
                 self.steps += 1
                 end = self._sequence(nodes, 0, at, flags, lambda end: end)
@@ -143,13 +177,64 @@ class Counter:
 
         return again(0, place)
 
-    def _one(self, operation: Any, value: Any, place: int, flags: int) -> bool:
-        if place >= len(self.text):
+    def _open(
+        self, branches: list[list[Node]], before: str, letter: str, flags: int
+    ) -> list[tuple[int, list[Node] | None]]:
+        """The branches that these letters leave open, each after the steps of those that fail before it, and None after
+        the steps of the last ones that fail."""
+        found, failed = list[tuple[int, list[Node] | None]](), 0
+        for branch in branches:
+            steps = self._failure(branch, before, letter, flags)
+            failed += steps or 0
+            if steps is None:
+                found.append((failed, branch))
+                failed = 0
+        return [*found, (failed, None)]
+
+    def _failure(self, nodes: Sequence[Node], before: str, letter: str, flags: int) -> int | None:
+        """The steps until these nodes fail between two letters, whatever else the text has. None if they match, or if
+        more than the two letters decides."""
+        if not nodes:
+            return None
+        (operation, value), rest = nodes[0], nodes[1:]
+
+        def of(inner: Sequence[Node], changed: int = flags) -> int | None:
+            return self._failure(inner, before, letter, changed)
+
+        if operation in _SINGLE:
+            return None if self._one(operation, value, letter, flags) else 1
+        if operation is c.AT:
+            holds = self._at(value, before, letter)
+            return None if holds is None else _sum(1, of(rest)) if holds else 1
+        if operation is c.BRANCH:
+            return _sum(1, *map(of, value[0]))
+        if operation is c.SUBPATTERN:
+            on, off, inner = value
+            return _sum(1, of(inner, (flags | on) & ~off))
+        if operation is c.ATOMIC_GROUP:
+            return _sum(1, of(value))
+        if operation in (c.ASSERT, c.ASSERT_NOT):
+            width, inner = value
+            if width == 0:
+                steps = _sum(1, of(inner))
+                return steps if operation is c.ASSERT else _sum(steps, of(rest))
+            if width == len(inner) == 1 and inner[0][0] in _SINGLE:
+                holds = self._one(*inner[0], before, flags) == (operation is c.ASSERT)
+                return _sum(1, len(before), of(rest) if holds else 0)
+        if operation in _REPEATS and value[1]:
+            low, _, inner = value
+            tried = 1 if _in_a_loop(operation, inner) else 0
+            steps = _sum(1, tried, of(inner))
+            return steps if low else _sum(steps, tried, of(rest))
+        return None
+
+    def _one(self, operation: Any, value: Any, letter: str, flags: int) -> bool:
+        if not letter:
             return False
         operand, known = value
-        key = self.text[place], flags
+        key = letter, flags
         if key not in known:
-            known[key] = self._is_one(operation, operand, *key)
+            known[key] = self._is_one(operation, operand, letter, flags)
         return known[key]
 
     def _is_one(self, operation: Any, operand: Any, letter: str, flags: int) -> bool:
@@ -172,16 +257,14 @@ class Counter:
             return any(item[0] <= ord(one) <= item[1] for one in letters if len(one) == 1)
         return bool(_CATEGORIES[item](letter))
 
-    def _at(self, value: Any, place: int) -> bool:
-        text = self.text
+    def _at(self, value: Any, before: str, letter: str) -> bool | None:
+        """Whether a condition on a place holds; None if it does before the last letter only."""
         if value in (c.AT_BEGINNING, c.AT_BEGINNING_STRING, c.AT_BEGINNING_LINE):
             multiline = self.flags & re.MULTILINE and value is not c.AT_BEGINNING_STRING
-            return place == 0 or bool(multiline and text[place - 1] == "\n")
+            return not before or bool(multiline and before == "\n")
         if value in (c.AT_END, c.AT_END_LINE, c.AT_END_STRING):
-            return place == len(text) or (
-                text[place] == "\n" and bool(self.flags & re.MULTILINE or place == len(text) - 1)
-            )
-        sides = [0 <= side < len(text) and (text[side].isalnum() or text[side] == "_") for side in (place - 1, place)]
+            return not letter or (letter == "\n" and (True if self.flags & re.MULTILINE else None))
+        sides = [side.isalnum() or side == "_" for side in (before, letter)]
         return (sides[0] != sides[1]) == (value is c.AT_BOUNDARY)
 
 
