@@ -88,7 +88,7 @@ class Work:
         even = min(map(min, self.lengths)) == self.max_tokens
         text += f"{self.max_tokens} tokens" if even else f"at most {self.max_tokens} tokens ({mean:.1f} on average)"
         if self.name == "generation":
-            return text + ", temperature 1, bfloat16"
+            return text + ", temperature 1"
         differing = sum(len(set(rewards)) > 1 for rewards in self.rewards)
         return f"{text}, β = {self.kl_coef:g}, μ = 1; rewards differ in {differing} of {len(self.rewards)} groups"
 
