@@ -336,9 +336,12 @@ def races_of(work: Work, quick: bool) -> list[Race]:
     if work.name == "generation":
         dtype = str(choose_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
         plain: Setting = {"dtype": dtype}
+        llama: list[Setting] = [
+            {"dtype": name, "unified": unified} for name in ("float16", dtype) for unified in (False, True)
+        ]
         return [
             Race("vllm", "vllm", [plain] if quick else [plain, plain | {"block_size": 32}]),
-            Race("llama.cpp", "llama.cpp", [{"dtype": "float16"}, plain, plain | {"unified": True}]),
+            Race("llama.cpp", "llama.cpp", llama),
             # On processors with AMX, llama.cpp may fail on weights that it has rearranged.
             Race("llama.cpp", "llama.cpp Q8_0", [{"dtype": "q8_0"}, {"dtype": "q8_0", "as_in_file": True}]),
         ]

@@ -11,6 +11,7 @@ The setting names the GGUF file, which is next to the work file, and how llama.c
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import sys
@@ -38,6 +39,7 @@ class Sequences:
         self.prompts, self.size, self.end = work["prompts"], len(work["lengths"][0]), work["end_id"]
         self.count, longest = len(self.prompts) * self.size, work["max_tokens"]
         prompt_tokens = sum(map(len, self.prompts))
+        logging.getLogger("llama-cpp-python").setLevel(logging.WARNING)
         llama.llama_backend_init()
         model_params = llama.llama_model_default_params()
         model_params.use_extra_bufts = not setting.get("as_in_file", False)
