@@ -9,7 +9,7 @@
 #   make torture                               kill runs of every method at any instant, 140 times; about ten minutes
 #   make torture-cluster                       kill and stop engines, ranks and machines of runs, 48 times; half an hour
 #   make fuzz                                  tens of thousands of bad inputs (FUZZ=10 times as many as in make test)
-#   make bench BENCH="--works A"               against TRL and vLLM; BENCH=--help for its options
+#   make bench BENCH="--works A"               against TRL, vLLM and llama.cpp; BENCH=--help for its options
 #   make accelerator                           check and measure on a GPU, in under ten minutes (ACCELERATOR="--device cpu --small")
 #   make test-notebook                         run examples/first_run.ipynb from top to bottom
 #   make test-gguf                             compile llama.cpp, and compare it with gruppo on exported GGUF files
@@ -134,7 +134,8 @@ test-notebook: .venv-notebook/.ready
 		> "$$(.venv-notebook/bin/python -c 'import site; print(site.getsitepackages()[0])')/gruppo.pth"
 	touch $@
 
-# llama.cpp alone: gruppo and what it needs are seen where they are, in $(VENV). Needs CMake and a C++ compiler.
+# llama.cpp alone: gruppo and what it needs are seen where they are, in $(VENV). Needs CMake and a C++ compiler, and is
+# compiled for the processor of this machine.
 test-gguf: .venv-gguf/.ready
 	.venv-gguf/bin/python -m pytest tests/gguf
 
@@ -155,8 +156,8 @@ docs: .venv-docs/.ready
 	.venv-docs/bin/$(INSTALL) --require-hashes --no-deps -r requirements-docs.lock
 	touch $@
 
-# TRL and vLLM have their own environments. Linux, about an hour on two idle cores.
-bench: $(VENV)/.ready-dev .venv-trl/.ready .venv-vllm/.ready
+# TRL, vLLM and llama.cpp have their own environments. Linux, about an hour on two idle cores.
+bench: $(VENV)/.ready-dev .venv-trl/.ready .venv-vllm/.ready .venv-gguf/.ready
 	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 .venv-trl/.ready: constraints.txt

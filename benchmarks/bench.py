@@ -4,7 +4,9 @@ Every side is a separate long-lived process that does one step per command. Firs
 one pair of steps (the peer's, then ours). Then pairs in its fastest setting follow. The side that is not working is
 suspended. Linux only.
 
-Works: A and B are whole training steps against TRL's GRPOTrainer; "generation" is sampling alone against vLLM.
+Works: A and B are whole training steps against TRL's GRPOTrainer; "generation" is sampling alone against vLLM and
+llama.cpp. llama.cpp is compared twice: with weights as precise as ours, or in float16, and with weights in 8 bits. A
+peer whose environment is missing is left out if its work has another one.
 """
 
 from __future__ import annotations
@@ -14,27 +16,43 @@ import contextlib
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import psutil
+import torch
 from report import Pair, Results, Start, write_results
 from works import Work, make_works
 
+from gruppo.models.precision import choose_dtype
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
-WORKS = ("A", "B", "generation")
+# work -> its peers
+WORKS = {"A": ("trl",), "B": ("trl",), "generation": ("vllm", "llama.cpp")}
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
+# Of the mean difference of log-probabilities from those of float32, by the dtype of llama.cpp's weights.
+LOGPROB_TOLERANCE = {"float32": 0.01, "float16": 0.01, "bfloat16": 0.05, "q8_0": 0.1}
 
 Setting = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Race:
+    """A comparison with a peer in the fastest of several settings. `name`: of the peer, in the tables."""
+
+    peer: str
+    name: str
+    settings: Sequence[Setting]
 
 
 class SideError(Exception):
@@ -142,6 +160,7 @@ class Bench:
             "TRITON_CACHE_DIR": str(folder / "triton"),
         }
         self.results = Results(threads=threads, quick=args.quick)
+        self.expected: dict[str, Any] = {}  # completions of `check_llama`, with our log-probabilities
 
     def log(self, text: str) -> None:
         """Print a line of progress."""
@@ -153,15 +172,11 @@ class Bench:
 
     def start_on(self, name: str, file: Path | None, option: str = "") -> Side:
         """Start a side on a work file."""
-        script, python = {
-            "gruppo": ("ours.py", sys.executable),
-            "rates": ("rates.py", sys.executable),
-            "trl": ("trl_side.py", getattr(self.args, "trl_python", None)),
-            "vllm": ("vllm_side.py", getattr(self.args, "vllm_python", None)),
-        }[name]
+        peer = name not in {"gruppo", "rates"}
+        script = {"gruppo": "ours.py", "rates": "rates.py"}.get(name, f"{_short(name)}_side.py")
+        python = python_of(self.args, name) if peer else sys.executable
         arguments = [] if file is None else [str(file), option]
         command = [str(python), str(HERE / "sides" / script), *arguments]
-        peer = name in {"trl", "vllm"}
         side = Side(name, command, self.environment, self.folder / f"{name}.log", spare=peer)
         self.results.versions[name] = side.ready["versions"]
         return side
@@ -197,41 +212,84 @@ class Bench:
                 raise DifferentWorkError(fact)
             self.results.checks.append(fact)
 
-    def race(self, work: Work, peer: str, settings: Sequence[Setting]) -> None:
+    def compare(self, work: Work, missing: Sequence[str]) -> None:
+        """Compare with the peers of a work that are not missing, and write the results after each comparison."""
+        self.measure_rates()
+        self.results.failures += [f"work {work.name}: {peer}: its environment is missing" for peer in missing]
+        self.results.works.append(work)
+        races = [race for race in races_of(work, self.args.quick) if race.peer not in missing]
+        peers = {race.peer for race in races}
+        if "trl" in peers:
+            self.check(work, {"bf16": False, "micro_batch": races[0].settings[0]["micro_batch"]})
+        if "llama.cpp" in peers:
+            self.write_llama_files(work, races)
+        for race in races:
+            self.race(work, race)
+            write_results(self.results, self.args.out)
+
+    def write_llama_files(self, work: Work, races: Sequence[Race]) -> None:
+        """Write the GGUF files of llama.cpp's settings, and sample the completions of `check_llama`."""
+        dtypes = sorted({setting["dtype"] for race in races if race.peer == "llama.cpp" for setting in race.settings})
+        with self.start("gruppo", work, "check") as side:
+            self.expected = side.call("check", dtypes=dtypes)
+
+    def check_llama(self, work: Work, side: Side, setting: Setting) -> None:
+        """Compare llama.cpp's log-probabilities with ours, on our completions, decoded as those that are timed.
+
+        Raises DifferentWorkError if they differ by more than the tolerance.
+        """
+        theirs = side.call("score", completions=self.expected["completions"])["logprobs"]
+        pairs = zip(_flat(self.expected["logprobs"]), _flat(theirs), strict=True)
+        differences = [abs(mine - other) for mine, other in pairs]
+        mean, allowed = statistics.mean(differences), LOGPROB_TOLERANCE[setting["dtype"]]
+        peer = f"llama.cpp ({describe('llama.cpp', setting, work)})"
+        fact = (
+            f"work {work.name}: log-probabilities of {len(differences)} sampled tokens by {peer} and by gruppo in "
+            f"float32: the mean difference is {mean:.2g} (allowed: {allowed:g}), the largest {max(differences):.2g}"
+        )
+        self.log(fact)
+        if not mean <= allowed:
+            raise DifferentWorkError(fact)
+        self.results.checks.append(fact)
+
+    def race(self, work: Work, race: Race) -> None:
         """Try all settings of a peer on a work, then alternate with it in its fastest setting."""
         with self.start("gruppo", work, "run") as ours:
-            self._warm(ours, work, ours.ready["setting"])
+            self._warm(ours, work, "gruppo", ours.ready["setting"])
             tried: list[tuple[float, Setting]] = []
-            for setting in settings:
+            for setting in race.settings:
+                text = describe(race.peer, setting, work)
                 try:
-                    with self.start(peer, work, json.dumps(setting)) as side:
-                        self._warm(side, work, describe(peer, setting, work))
-                        pair = self._pair(work, side, ours, setting, trial=True)
+                    with self.start(race.peer, work, json.dumps(setting)) as side:
+                        if race.peer == "llama.cpp":
+                            self.check_llama(work, side, setting)
+                        self._warm(side, work, race.name, text)
+                        pair = self._pair(work, race.name, side, ours, setting, trial=True)
                 except SideError as error:
-                    self.results.failures.append(f"work {work.name}: {peer}, {describe(peer, setting, work)}: {error}")
+                    self.results.failures.append(f"work {work.name}: {race.name}, {text}: {error}")
                     self.log(self.results.failures[-1])
                     continue
                 tried.append((pair.peer_seconds, setting))
             if not tried:
                 raise SideError(self.results.failures[-1])
             best = min(tried, key=lambda trial: trial[0])[1]
-            with self.start(peer, work, json.dumps(best)) as side:
-                self._warm(side, work, describe(peer, best, work))
+            with self.start(race.peer, work, json.dumps(best)) as side:
+                self._warm(side, work, race.name, describe(race.peer, best, work))
                 for _ in range(self.args.pairs):
-                    self._pair(work, side, ours, best, trial=False)
+                    self._pair(work, race.name, side, ours, best, trial=False)
 
-    def _warm(self, side: Side, work: Work, setting: str) -> None:
+    def _warm(self, side: Side, work: Work, name: str, setting: str) -> None:
         first = side.call("warm").get("first_token")
-        self.results.starts.append(Start(work.name, side.name, setting, side.load_seconds, first))
-        self.log(f"work {work.name}: {side.name}, {setting}: loaded in {side.load_seconds:.1f} s")
+        self.results.starts.append(Start(work.name, name, setting, side.load_seconds, first))
+        self.log(f"work {work.name}: {name}, {setting}: loaded in {side.load_seconds:.1f} s")
 
-    def _pair(self, work: Work, peer: Side, ours: Side, setting: Setting, trial: bool) -> Pair:
+    def _pair(self, work: Work, name: str, peer: Side, ours: Side, setting: Setting, trial: bool) -> Pair:
         """A step of the peer, then one of ours. Raises DifferentWorkError if lengths differ from the work file."""
         theirs, idle_ours = self._step(work, peer, ours)
         mine, idle_theirs = self._step(work, ours, peer)
         pair = Pair(
             work=work.name,
-            peer=peer.name,
+            peer=name,
             setting=describe(peer.name, setting, work),
             our_setting=ours.ready["setting"],
             trial=trial,
@@ -264,19 +322,48 @@ class Bench:
 def describe(peer: str, setting: Setting, work: Work) -> str:
     """Description of a peer's setting for the table."""
     if peer == "vllm":
-        return "bfloat16" + "".join(f", {name} {value}" for name, value in setting.items())
+        return setting["dtype"] + "".join(f", {name} {value}" for name, value in setting.items() if name != "dtype")
+    if peer == "llama.cpp":
+        unified = ", one buffer of keys and values" if setting.get("unified") else ""
+        as_in_file = ", weights as in the file" if setting.get("as_in_file") else ""
+        return setting["dtype"].replace("q8_0", "Q8_0") + unified + as_in_file
     size = setting["micro_batch"]
     return f"{'bf16 autocast' if setting['bf16'] else 'float32'}, micro-batches {size} × {work.completions // size}"
 
 
-def settings_of(work: Work, quick: bool) -> list[Setting]:
-    """The settings of a peer to try on a work, smallest memory first."""
+def races_of(work: Work, quick: bool) -> list[Race]:
+    """The comparisons of a work. The settings of each are those to try, smallest memory first."""
     if work.name == "generation":
-        return [{}] if quick else [{}, {"block_size": 32}]
+        dtype = str(choose_dtype("auto", torch.device("cpu"))).removeprefix("torch.")
+        plain: Setting = {"dtype": dtype}
+        llama: list[Setting] = [
+            {"dtype": name, "unified": unified} for name in ("float16", dtype) for unified in (False, True)
+        ]
+        return [
+            Race("vllm", "vllm", [plain] if quick else [plain, plain | {"block_size": 32}]),
+            Race("llama.cpp", "llama.cpp", llama),
+            # On processors with AMX, llama.cpp may fail on weights that it has rearranged.
+            Race("llama.cpp", "llama.cpp Q8_0", [{"dtype": "q8_0"}, {"dtype": "q8_0", "as_in_file": True}]),
+        ]
     whole = work.completions
     few = whole // 2 if quick else 32 if work.name == "B" else 16
     tried = [(True, few), (False, few), (True, whole)]
-    return [{"bf16": bf16, "micro_batch": size} for bf16, size in tried]
+    return [Race("trl", "trl", [{"bf16": bf16, "micro_batch": size} for bf16, size in tried])]
+
+
+def python_of(args: argparse.Namespace, peer: str) -> Path:
+    """The Python of a peer's environment."""
+    python: Path = getattr(args, f"{_short(peer)}_python")
+    return python
+
+
+def _short(peer: str) -> str:
+    """The name of a peer in options and file names."""
+    return peer.removesuffix(".cpp")
+
+
+def _flat(groups: Sequence[Sequence[Sequence[float]]]) -> list[float]:
+    return [value for group in groups for values in group for value in values]
 
 
 def main() -> None:
@@ -291,6 +378,7 @@ def main() -> None:
     )
     parser.add_argument("--trl-python", type=Path, default=ROOT / ".venv-trl/bin/python")
     parser.add_argument("--vllm-python", type=Path, default=ROOT / ".venv-vllm/bin/python")
+    parser.add_argument("--llama-python", type=Path, default=ROOT / ".venv-gguf/bin/python")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that sides are stopped and files are removed
     chosen = args.works.split(",")
@@ -298,10 +386,17 @@ def main() -> None:
         parser.error(f"--works {args.works}: {unknown[0]!r} is not one of {', '.join(WORKS)}")
     if args.pairs < 1:
         parser.error(f"--pairs {args.pairs}: must be at least 1")
-    for work in chosen:
-        name, python = ("vllm", args.vllm_python) if work == "generation" else ("trl", args.trl_python)
-        if not python.is_file():
-            parser.error(f"--{name}-python {python}: file not found; run make bench, which creates it")
+    missing = {name: [peer for peer in WORKS[name] if not python_of(args, peer).is_file()] for name in chosen}
+    for name, peers in missing.items():
+        files = ", ".join(f"--{_short(peer)}-python {python_of(args, peer)}" for peer in peers)
+        if len(peers) == len(WORKS[name]):
+            parser.error(f"{files}: file not found; run make bench, which creates it")
+        if peers:
+            print(
+                f"bench: work {name} is not compared with {', '.join(peers)}: {files}: file not found; run make bench, "
+                "which creates it",
+                file=sys.stderr,
+            )
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="gruppo-bench-")))
@@ -309,15 +404,7 @@ def main() -> None:
         try:
             for work in (works[name] for name in chosen):
                 (folder / f"{work.name}.json").write_text(json.dumps(asdict(work)))
-                bench.measure_rates()
-                settings = settings_of(work, args.quick)
-                if work.name == "generation":
-                    bench.race(work, "vllm", settings)
-                else:
-                    bench.check(work, {"bf16": False, "micro_batch": settings[0]["micro_batch"]})
-                    bench.race(work, "trl", settings)
-                bench.results.works.append(work)
-                write_results(bench.results, args.out)
+                bench.compare(work, missing[work.name])
         except (SideError, DifferentWorkError) as error:
             print(f"bench: {error}", file=sys.stderr)
             sys.exit(1)

@@ -167,10 +167,10 @@ def in_flight(growth: Growth, source: ModelSource) -> dict[str, float]:
     return rates
 
 
-def uneven(growth: Growth, source: ModelSource, rounds: int = 2, dtype: str = "bfloat16") -> dict[str, Any]:
+def uneven(growth: Growth, source: ModelSource, rounds: int = 2) -> dict[str, Any]:
     """Tokens per second with lengths uniform over 8..256 and with as many tokens in equal lengths; 64 slots.
 
-    Both are measured once per round, alternately; the fastest counts. `dtype`: as model.dtype in a recipe.
+    Both are measured once per round, alternately; the fastest counts.
     """
     group, count = 8, 24
     source_of_lengths = random.Random(SEED)
@@ -181,7 +181,7 @@ def uneven(growth: Growth, source: ModelSource, rounds: int = 2, dtype: str = "b
     tokens = {"even": sum(map(sum, even)), "uneven": sum(map(sum, spread))}
     for _ in range(rounds):
         for name, lengths in (("even", even), ("uneven", spread)):
-            work = replace(make_work(source, count, group, 49, lengths, "generation"), slots=64, dtype=dtype)
+            work = replace(make_work(source, count, group, 49, lengths, "generation"), slots=64)
             seconds[name].append(growth.step(work)["seconds"])
     rates = {f"{name}_tokens_per_second": tokens[name] / min(times) for name, times in seconds.items()}
     share = rates["uneven_tokens_per_second"] / rates["even_tokens_per_second"]
@@ -224,11 +224,10 @@ def main() -> None:
     parser.add_argument(
         "--uneven", type=int, metavar="ROUNDS", help="measure only uneven lengths, and print the result"
     )
-    parser.add_argument("--dtype", default="bfloat16", help="of --uneven; as model.dtype in a recipe")
     given = parser.parse_args()
     if given.uneven:
         with tempfile.TemporaryDirectory(prefix="gruppo-growth-") as folder:
-            print(json.dumps(uneven(Growth(Path(folder)), find_model(MODEL), given.uneven, given.dtype), indent=1))
+            print(json.dumps(uneven(Growth(Path(folder)), find_model(MODEL), given.uneven), indent=1))
         return
     with tempfile.TemporaryDirectory(prefix="gruppo-growth-") as folder:
         results = measure(Growth(Path(folder)))

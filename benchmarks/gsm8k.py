@@ -56,7 +56,8 @@ def main() -> None:
         work = {"model": model, "prompts": [longest], "lengths": [[1]], "max_tokens": args.max_tokens}
         (folder / "work.json").write_text(json.dumps(work))
         bench = Bench(argparse.Namespace(quick=False, vllm_python=args.vllm_python), folder)
-        with bench.start_on("vllm", folder / "work.json", json.dumps({"block_size": 32})) as side:
+        setting = {"dtype": "bfloat16", "block_size": 32}
+        with bench.start_on("vllm", folder / "work.json", json.dumps(setting)) as side:
             side.call("warm")
             turns: list[Turn] = []
             for start in range(0, len(eval_set.prompts), args.at_once):

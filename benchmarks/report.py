@@ -71,8 +71,12 @@ class Results:
     starts: list[Start] = field(default_factory=list)
 
     def share(self, work: Work, seconds: float) -> float:
-        """Share of the limit: time of the work at the best bfloat16 rate, divided by the measured time."""
-        return work.flop / (self.rates["bfloat16"] * 1e9) / seconds
+        """Share of the limit: time of the work at the best rate, divided by the measured time."""
+        return self.limit(work) / seconds
+
+    def limit(self, work: Work) -> float:
+        """Seconds of the work at the best rate of this machine."""
+        return work.flop / (max(self.rates.values()) * 1e9)
 
 
 def write_results(results: Results, path: Path) -> None:
@@ -128,8 +132,8 @@ def _table(results: Results) -> str:
         f"- matmul rates, GFLOP/s: {rates}\n"
         f"- while one side worked, the other was suspended (it used at most {100 * idle:.1f} % of a core)\n"
         "- memory: peak resident memory since process start, including loading, summed over a side's processes\n"
-        "- share of the limit: time of the necessary floating-point operations at the best bfloat16 rate, divided by "
-        "the measured time; necessary are 2·N operations per token sampled or scored by the reference and 6·N per "
+        "- share of the limit: time of the necessary floating-point operations at the best of these rates, divided "
+        "by the measured time; necessary are 2·N operations per token sampled or scored by the reference and 6·N per "
         "token trained on, with every prompt counted once per group and without training on groups that have no "
         "gradient",
         "Checks of the work:\n\n"
@@ -143,12 +147,22 @@ def _table(results: Results) -> str:
         + _starts(results)
     )
     if results.failures:
-        parts.append("## Did not finish\n\n" + "\n".join(f"- {failure}" for failure in results.failures))
+        parts.append("## Not measured\n\n" + "\n".join(f"- {failure}" for failure in results.failures))
     return "\n\n".join(parts) + "\n"
 
 
 def _section(results: Results, work: Work) -> list[str]:
     pairs = _of(results, work)
+    peers = dict.fromkeys(pair.peer for pair in pairs)
+    return [
+        f"## {'Work ' if len(work.name) == 1 else ''}{work.name}",
+        f"{work.describe()}; {work.flop / 1e12:.2f} TFLOP, {results.limit(work):.2f} s at the limit.",
+        *(part for peer in peers for part in _beside(results, work, [pair for pair in pairs if pair.peer == peer])),
+    ]
+
+
+def _beside(results: Results, work: Work, pairs: Sequence[Pair]) -> list[str]:
+    """What is said about a work beside one peer."""
     best, tried = [pair for pair in pairs if not pair.trial], [pair for pair in pairs if pair.trial]
     first = best[0]
     ratios = [pair.ratio for pair in best]
@@ -198,9 +212,6 @@ def _section(results: Results, work: Work) -> list[str]:
         for pair in tried
     ]
     return [
-        f"## {'Work ' if len(work.name) == 1 else ''}{work.name}",
-        f"{work.describe()}; {work.flop / 1e12:.2f} TFLOP, {work.flop / results.rates['bfloat16'] / 1e9:.2f} s at the "
-        "limit.",
         f"**{statistics.median(ratios):.2f} times as fast as {first.peer}** in its fastest setting (median of "
         f"{len(best)} pair{'s' if len(best) > 1 else ''}: {', '.join(f'{ratio:.2f}' for ratio in ratios)}). The table "
         "shows medians, with minimum and maximum in parentheses:",

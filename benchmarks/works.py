@@ -36,7 +36,7 @@ class Work:
     """One kind of work.
 
     `lengths` and `rewards` have one row per prompt and one value per completion. `parameters` is the model's N. `slots`
-    is the number of concurrent completions, 0 for all. `dtype`: that of sampling alone.
+    is the number of concurrent completions, 0 for all.
     """
 
     name: str
@@ -54,7 +54,6 @@ class Work:
     max_grad_norm: float = 1.0
     seed: int = SEED
     slots: int = 0
-    dtype: str = "bfloat16"
 
     @property
     def completions(self) -> int:
@@ -89,7 +88,7 @@ class Work:
         even = min(map(min, self.lengths)) == self.max_tokens
         text += f"{self.max_tokens} tokens" if even else f"at most {self.max_tokens} tokens ({mean:.1f} on average)"
         if self.name == "generation":
-            return f"{text}, temperature 1, {self.dtype}"
+            return text + ", temperature 1"
         differing = sum(len(set(rewards)) > 1 for rewards in self.rewards)
         return f"{text}, β = {self.kl_coef:g}, μ = 1; rewards differ in {differing} of {len(self.rewards)} groups"
 

@@ -20,6 +20,7 @@ from gruppo.config.method_section import Method
 from gruppo.engines import build_engine
 from gruppo.engines.base import Engine, Request, SamplingParams
 from gruppo.evaluation.datasets import preflight
+from gruppo.models.gguf_file import write_gguf
 from gruppo.models.loading import find_model, load_model
 from gruppo.models.packing import MAX_TOKENS, pack
 from gruppo.models.policy import LanguageModel
@@ -32,6 +33,8 @@ from gruppo.types import Completion, Group, Prompt, Reward
 from gruppo.utils.metrics import Metrics
 from gruppo.utils.progress import Advance, NullProgress
 from gruppo.utils.signals import Stop
+
+CHECKED = 16  # tokens of a completion whose log-probabilities are compared
 
 
 class FixedLengths(Engine):
@@ -130,11 +133,11 @@ class Training:
 
 
 class Generation:
-    """The engine alone."""
+    """The engine alone, in the dtype that gruppo chooses for this machine."""
 
     def __init__(self, work: dict[str, Any], stack: ExitStack) -> None:
         self.work = work
-        self.policy = load_model(find_model(work["model"]), dtype=work["dtype"])
+        self.policy = load_model(find_model(work["model"]))
         slots = work["slots"] or sum(map(len, work["lengths"]))
         self.engine = build_engine(self.policy, slots)
         self.calls = 0
@@ -159,7 +162,7 @@ class Generation:
 
     def setting(self) -> str:
         """Dtype and number of concurrent completions."""
-        return f"{self.work['dtype']}, {self.engine.slots} in flight"
+        return f"{str(self.policy.dtype).removeprefix('torch.')}, {self.engine.slots} in flight"
 
 
 def check(work: dict[str, Any]) -> dict[str, Any]:
@@ -201,13 +204,35 @@ def check(work: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_generation(work: dict[str, Any], dtypes: Sequence[str], folder: Path) -> dict[str, Any]:
+    """The first tokens of the work's completions, with their log-probabilities by the engine in float32.
+
+    Also writes the model into `folder` as a GGUF file of each dtype, as `gruppo export --gguf` does.
+    """
+    policy = load_model(find_model(work["model"]), dtype="float32")
+    for dtype in dtypes:
+        write_gguf(policy.model, policy.tokenizer, policy.eos_ids, folder / f"{dtype}.gguf", dtype, "benchmark")
+    requests = [
+        Request(tuple(prompt), [(work["seed"], 0, place, index) for index in range(len(lengths))])
+        for place, (prompt, lengths) in enumerate(zip(work["prompts"], work["lengths"], strict=True))
+    ]
+    sampled = build_engine(policy, 64).generate(requests, SamplingParams(1.0, min(CHECKED, work["max_tokens"])))
+    return {
+        "completions": [[list(completion.token_ids) for completion in group] for group in sampled],
+        "logprobs": [[list(completion.sampling_logprobs) for completion in group] for group in sampled],
+    }
+
+
 def main() -> None:
     channel, work = Channel(), read_work()
     about = {"versions": versions("torch", "transformers"), "threads": torch.get_num_threads()}
     if sys.argv[2] == "check":
-        channel.reply(setting="float64", **about)
-        for _ in channel:
-            channel.reply(**check(work))
+        channel.reply(**about)
+        for command in channel:
+            if work["name"] == "generation":
+                channel.reply(**check_generation(work, command["dtypes"], Path(sys.argv[1]).parent))
+            else:
+                channel.reply(**check(work))
         return
     with ExitStack() as stack:
         side = Generation(work, stack) if work["name"] == "generation" else Training(work, stack)

@@ -24,7 +24,6 @@ def main() -> None:
 
     engine = LLM(
         model=work["model"],
-        dtype="bfloat16",
         max_model_len=len(work["prompts"][0]) + work["max_tokens"],
         max_num_seqs=256,
         enable_prefix_caching=True,
