@@ -174,6 +174,7 @@ def _run(_: str, command: Sequence[str]) -> NoReturn:
     sys.path.append(command[command.index("-c") + 2])
     _, _, module, *arguments = command[command.index("-c") + 1 :]
     sys.argv = [module, *arguments]
+    sys.modules.pop(module, None)  # runpy would warn, in the log of the rewards
     code = 0
     try:
         runpy.run_module(module, run_name="__main__", alter_sys=True)
