@@ -202,9 +202,9 @@ def watched(progress: Progress) -> Iterator[tuple[WatchedProgress, WaitWatcher]]
     if _outermost is not None:
         yield WatchedProgress(progress), _outermost
         return
-    _outermost = watcher = WaitWatcher(lambda text, _: progress.note(text))
+    _outermost = watcher = WaitWatcher(lambda text, _: progress.note(text), FIRST_SECONDS)
     try:
-        with watcher.running():
+        with watcher.running(LOOK_SECONDS):
             yield WatchedProgress(progress), watcher
     finally:
         _outermost = None

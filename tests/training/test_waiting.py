@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import threading
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from gruppo.training import api
 from gruppo.training.api import train
 from gruppo.types import Group
 from gruppo.ui.advice import advice_for
 from gruppo.ui.live import _event
+from gruppo.utils import waiting
 from gruppo.utils.progress import NullProgress
-from gruppo.utils.waiting import watched
 from tests.small_runs import ROWS, recipe
 
 BLOCKS = """
@@ -44,7 +42,8 @@ class Notes(NullProgress):
 
 def run(monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], out: Path, notes: Notes, **arguments: Any) -> None:
     """A run that says at once what it waits for."""
-    monkeypatch.setattr(api, "watched", partial(watched, first=0.05, every=0.01))
+    monkeypatch.setattr(waiting, "FIRST_SECONDS", 0.05)
+    monkeypatch.setattr(waiting, "LOOK_SECONDS", 0.01)
     train(settings, prompts=ROWS, out=out, progress=notes, **arguments)
 
 
