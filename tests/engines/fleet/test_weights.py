@@ -69,8 +69,10 @@ def test_memory_does_not_grow_with_the_number_of_loads(open_new: MakeFleet) -> N
     fleet = open_new(policy)
 
     def resident() -> list[int]:
+        """Without shared memory: each process maps the parts of Ray's store that it has read, in turn all of it."""
         pids = [member.hello.pid for member in fleet.members if member.hello is not None]
-        return [psutil.Process(pid).memory_info().rss for pid in (*pids, None)]
+        memory = [psutil.Process(pid).memory_info() for pid in (*pids, None)]
+        return [one.rss - one.shared for one in memory]
 
     for version in range(5):
         fleet.load_weights(policy.weight_source(), version)
@@ -79,4 +81,4 @@ def test_memory_does_not_grow_with_the_number_of_loads(open_new: MakeFleet) -> N
         fleet.load_weights(policy.weight_source(), version)
     size = sum(weight.nbytes for weight in policy.weights().values())
     assert size > 15e6
-    assert all(after - first < 3 * size for first, after in zip(before, resident(), strict=True))
+    assert all(after - first < size for first, after in zip(before, resident(), strict=True))
