@@ -207,10 +207,7 @@ class Bench:
                 f"gruppo, {other:.8g} by TRL's `_compute_loss`; relative difference {relative:.1e} "
                 f"(allowed: {tolerance:.0e})"
             )
-            self.log(fact)
-            if not relative <= tolerance:
-                raise DifferentWorkError(fact)
-            self.results.checks.append(fact)
+            self.require(relative <= tolerance, fact)
 
     def compare(self, work: Work, missing: Sequence[str]) -> None:
         """Compare with the peers of a work that are not missing, and write the results after each comparison."""
@@ -247,8 +244,12 @@ class Bench:
             f"work {work.name}: log-probabilities of {len(differences)} sampled tokens by {peer} and by gruppo in "
             f"float32: the mean difference is {mean:.2g} (allowed: {allowed:g}), the largest {max(differences):.2g}"
         )
+        self.require(mean <= allowed, fact)
+
+    def require(self, holds: bool, fact: str) -> None:
+        """Log and record a check of the work. Raises DifferentWorkError unless it holds; a NaN does not."""
         self.log(fact)
-        if not mean <= allowed:
+        if not holds:
             raise DifferentWorkError(fact)
         self.results.checks.append(fact)
 
