@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -100,21 +99,13 @@ def sample(
         rows = [{"prompt": content}]
         prompts = tokenize_rows(rows, source.tokenizer, source.context, max_tokens, option, source.vocabulary)
         work = Sampled(count, 1, len(prompts[0].token_ids), max_tokens, decoding_of(params), "--max-tokens")
-        free = Free.now(recipe.run.memory, chosen)
+        free = Free.now(recipe.run.memory, chosen, settable=False)
         policy = load_model(source, device, dtype, progress)
-        try:
-            sampler, _ = open_engine_within(free, policy, recipe.engine, [work], stack, progress)
-        except UsageError as error:
-            message = _NO_MEMORY.sub(r"memory: there is room for \1; stop other programs, or", str(error))
-            raise UsageError(message) from None
+        sampler, _ = open_engine_within(free, policy, recipe.engine, [work], stack, progress)
         streams = [[(seed, number) for number in range(count)]]
         (completions,) = sample_groups(sampler, prompts, streams, params, progress, stop)
     for number, completion in enumerate(completions, start=1):
         _show(completion, number if count > 1 else None, as_json, progress)
-
-
-# The message about too little memory, whose field no option sets.
-_NO_MEMORY = re.compile(r"run\.memory: allows (.*); raise it \(.*?\), or")
 
 
 def _content(prompt: str | None, system: str | None, messages: str | None, plain: bool) -> str | list[dict[str, Any]]:

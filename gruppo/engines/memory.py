@@ -38,16 +38,20 @@ ANSWER_TOKEN_BYTES = 150
 
 @dataclass(frozen=True)
 class Free:
-    """The memory budget of a recipe and the memory that the process uses, in bytes, before the weights are loaded."""
+    """The memory budget of a recipe and the memory that the process uses, in bytes, before the weights are loaded.
+
+    `settable`: the user can raise the budget, with `run.memory`.
+    """
 
     budget: int
     process: int
+    settable: bool = True
 
     @classmethod
-    def now(cls, memory: float | str, device: torch.device) -> Free:
+    def now(cls, memory: float | str, device: torch.device, settable: bool = True) -> Free:
         """The current state of the machine. `memory`: the recipe's `run.memory`, for the whole process."""
         used = process_bytes(device)
-        return cls(bytes_of(memory, free_memory(device) + used), used)
+        return cls(bytes_of(memory, free_memory(device) + used), used, settable)
 
 
 Decoding = Literal["full", "greedy", "truncated"]
@@ -198,21 +202,24 @@ def open_engine_within(
     wanted = max(1, min(MAX_SLOTS, max(work.completions for work in works)))
     slots = largest(1, wanted, lambda count: forecast(slots=count).peak <= free.budget)
     if not slots:
-        raise _too_little(forecast(slots=1), works, free.budget)
+        raise _too_little(forecast(slots=1), works, free)
     longest = max(work.longest for work in works)
     engine = build_engine(policy, slots, settings=settings, length=longest)
     stack.callback(engine.close)
     return engine, forecast(slots=slots)
 
 
-def _too_little(least: SamplingMemory, works: Sequence[Sampled], budget: int) -> UsageError:
+def _too_little(least: SamplingMemory, works: Sequence[Sampled], free: Free) -> UsageError:
     part, size = max(least.parts.items(), key=lambda item: item[1])
     work = max(works, key=lambda work: work.longest)
+    allows, more = "memory: there is room for", "stop other programs"
+    if free.settable:
+        allows = "run.memory: allows"
+        more = f'raise it (a larger share, or e.g. "{least.peak / 1e9 + 0.1:.1f} GB")'
     return UsageError(
-        f"run.memory: allows {budget / 1e9:.2f} GB, but sampling needs at least {least.peak / 1e9:.2f} GB, most of it "
-        f"for {part} ({size / 1e9:.2f} GB), with one completion of {work.prompt_tokens} + {work.max_tokens} tokens at "
-        f'a time; raise it (a larger share, or e.g. "{least.peak / 1e9 + 0.1:.1f} GB"), or use a smaller {work.field} '
-        "or model"
+        f"{allows} {free.budget / 1e9:.2f} GB, but sampling needs at least {least.peak / 1e9:.2f} GB, most of it for "
+        f"{part} ({size / 1e9:.2f} GB), with one completion of {work.prompt_tokens} + {work.max_tokens} tokens at a "
+        f"time; {more}, or use a smaller {work.field} or model"
     )
 
 
