@@ -22,11 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 SETTINGS: dict[str, dict[str, str]] = {
-    "gruppo": {},
+    "gruppo": {},  # see gruppo/utils/torch_settings.py
     "long": {"GOMP_SPINCOUNT": "300000"},  # what OpenMP does when nothing is set, in iterations
     "20000": {"GOMP_SPINCOUNT": "20000"},
     "5000": {"GOMP_SPINCOUNT": "5000"},
-    "1000": {"GOMP_SPINCOUNT": "1000"},
     "passive": {"OMP_WAIT_POLICY": "PASSIVE"},
 }
 VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")

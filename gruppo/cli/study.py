@@ -41,6 +41,8 @@ def study(
         raise UsageError("--plan: only shows what is left, so it cannot be combined with --report; leave one out")
     if prune and (plan or report):
         raise UsageError(f"--prune: only deletes folders; leave out {'--plan' if plan else '--report'}")
+    if only and report:
+        raise UsageError(f"--only {only[0]}: the page of --report holds all arms; leave one of them out")
     if minutes is not None and not minutes > 0:
         raise UsageError(f"--minutes {minutes:g}: must be more than 0; write e.g. --minutes 60")
     if minutes is not None and (other := "--plan" * plan or "--report" * report or "--prune" * prune):

@@ -177,6 +177,7 @@ def test_the_command_line(finished: Path) -> None:
         (["--plan", "--report"], "--plan: only shows what is left"),
         (["--plan", "--minutes", "5"], "--minutes 5: --plan trains nothing"),
         (["--report", "--minutes", "5"], "--minutes 5: --report trains nothing"),
+        (["--report", "--only", "eight"], "--only eight: the page of --report holds all arms"),
         (["--prune", "--minutes", "5"], "--minutes 5: --prune trains nothing"),
         (["--minutes", "0"], "--minutes 0: must be more than 0"),
         (["--only", "none"], "--only none: is no arm"),

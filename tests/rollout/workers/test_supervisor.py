@@ -84,6 +84,16 @@ def nothing_left(mark: str) -> bool:
     return not any(marked(mark.encode()) for _ in range(10))
 
 
+def commands(mark: str) -> list[list[str]]:
+    """The state, the parent and the command line of each process with the mark."""
+    found = []
+    for number in marked(mark.encode()):
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(number)
+            found.append([str(number), process.status(), str(process.ppid()), *process.cmdline()])
+    return found
+
+
 def supervised(mark: str, code: str = WAITS) -> Supervised:
     read, write = os.pipe()
     process = Supervised([sys.executable, "-c", code, mark], (), write, dict(os.environ))
@@ -230,7 +240,8 @@ def test_system_without_adoption_finds_descendants_by_their_environment(mark: st
     theirs.close()
     assert process.stdout is not None
     assert process.stdout.read(5) == b"ready"
-    assert eventually(lambda: len(marked(mark.encode())) >= 6)  # the daemon may be between two forks
+    # The daemon may be between two forks.
+    assert eventually(lambda: len(marked(mark.encode())) >= 6), (process.poll(), commands(mark))
     ours.close()
     process.wait(60)
     assert eventually(lambda: nothing_left(mark))
