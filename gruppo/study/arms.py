@@ -58,19 +58,25 @@ class Study:
     @property
     def folder(self) -> Path:
         """The folder of the runs."""
-        return self.path.parent / (user_path(self.file.study.runs or f"runs/{self.file.study.name}"))
+        return self._beside(self.file.study.runs or f"runs/{self.file.study.name}")
 
     @property
     def records(self) -> Path:
         """The folder of the records."""
         given = self.file.study.records
-        return self.path.parent / user_path(given) if given else self.folder / "records"
+        return self._beside(given) if given else self.folder / "records"
 
     @property
     def page(self) -> Path:
         """The page that is written."""
         given = self.file.study.page
-        return self.path.parent / user_path(given) if given else self.folder / "study.md"
+        return self._beside(given) if given else self.folder / "study.md"
+
+    def _beside(self, given: str) -> Path:
+        """A path of the file, which is relative to the file's folder. Without "..", where messages can do without."""
+        path = self.path.parent / user_path(given)
+        here, whole = Path.cwd().resolve(), path.resolve()
+        return whole.relative_to(here) if ".." in path.parts and whole.is_relative_to(here) else path
 
     def runs_of(self, arm: str) -> list[PlannedRun]:
         """The runs of an arm."""

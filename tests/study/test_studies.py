@@ -30,6 +30,7 @@ def test_every_study_is_valid_and_leads_to_its_page(path: Path, monkeypatch: pyt
     assert study.page.resolve().parent == STUDIES.parent / "docs"
     assert study.folder.resolve().is_relative_to(STUDIES.parent / "runs"), "run folders are ignored by git"
     assert study.records.resolve().is_relative_to(STUDIES / "records")
+    assert not any(".." in path.parts for path in (study.page, study.folder, study.records)), "they are in messages"
     assert study.file.evaluations
     assert study.file.figures
 
