@@ -1,4 +1,4 @@
-"""Rewards that are wrong on purpose: those of studies/choices.toml and controls.toml.
+"""Rewards that are wrong on purpose: those of choices.toml, controls.toml and noise.toml.
 
 Each verdict is a function of prompt, completion and `seed` alone, so runs repeat and resume exactly. The same
 completion always gets the same verdict: this is a rule that errs, not a rule that wavers.

@@ -146,9 +146,9 @@ def logit_bytes(footprint: Footprint, decoding: Decoding) -> int:
 def sampling_bytes(footprint: Footprint, slots: int, work: Sampled) -> tuple[int, int]:
     """Bytes of the key-value caches, and of the engine's temporaries in prefill or in a decoding step.
 
-    Prefill holds one layer's activations for each prompt token. A decoding step holds the temporaries of each row's
-    logits; without gruppo's kernels, attention also copies one layer's cache. Both have the output head in the layout
-    of the matmuls.
+    Prefill holds one layer's activations for each prompt token; shorter prompts fill its passes. A decoding step holds
+    the temporaries of each row's logits; without gruppo's kernels, attention also copies one layer's cache. Both have
+    the output head in the layout of the matmuls.
 
     Between turns, as many completions are kept as there are slots, with their prompts. Or each of them, with all of its
     turns, is a prompt of its own.
@@ -162,7 +162,8 @@ def sampling_bytes(footprint: Footprint, slots: int, work: Sampled) -> tuple[int
         tokens = max(2 * tokens, rows * room(work.max_tokens, page_tokens) + places * room(prompt_tokens, page_tokens))
     cache = int(footprint.cache_token * tokens * (DEVICE_FRAGMENTS if footprint.accelerator else 1))
     together = min(places, max(1, PREFILL_TOKENS // prompt_tokens))
-    prefill = footprint.activations([(prompt_tokens, ())] * together, recompute=False) // footprint.layers
+    filled = max(1.0, min(PREFILL_TOKENS, places * prompt_tokens) / (together * prompt_tokens))
+    prefill = filled * footprint.activations([(prompt_tokens, ())] * together, recompute=False) / footprint.layers
     logits = logit_bytes(footprint, work.decoding) * (footprint.logits_token // footprint.wide) * rows
     decoding = logits + (0 if footprint.kernels else cache // footprint.layers)
     return cache, footprint.packed_head + int(fragments(footprint) * max(prefill, decoding))

@@ -23,7 +23,7 @@ class LabelledCompletion:
 
     `right`: the completion is correct. For each step, `ends` is the index of its last token (counted from 0),
     `text_ends` the character offset in the text at which the step ends, and `shares` the share of the continuations
-    sampled from there that are correct.
+    sampled from there that are correct. `continuation_tokens`: the tokens of all continuations together.
     """
 
     prompt: Prompt
@@ -32,6 +32,7 @@ class LabelledCompletion:
     ends: tuple[int, ...] = ()
     text_ends: tuple[int, ...] = ()
     shares: tuple[float, ...] = ()
+    continuation_tokens: int = 0
 
     def sample(self, settings: RewardModel) -> Sample:
         """The training sample for a reward model with these settings."""
@@ -64,6 +65,7 @@ def label_rows(labels: Iterable[LabelledCompletion]) -> list[dict[str, Any]]:
                 "step_text_ends": list(label.text_ends),
                 "soft": list(label.shares),
                 "hard": [share > 0 for share in label.shares],
+                "continuation_tokens": label.continuation_tokens,
             }
         )
     return rows
@@ -91,4 +93,5 @@ def _read_label(row: Mapping[str, Any]) -> LabelledCompletion:
     ends, text_ends, shares = (tuple(row[name]) for name in ("step_ends", "step_text_ends", "soft"))
     if not len(ends) == len(text_ends) == len(shares) or not all(0 <= end < size for end in ends):
         raise ValueError(f"the steps of {row['prompt_id']} do not match its completion")
-    return LabelledCompletion(prompt, completion, bool(row["right"]), ends, text_ends, shares)
+    continued = row["continuation_tokens"] or 0  # older tables have none
+    return LabelledCompletion(prompt, completion, bool(row["right"]), ends, text_ends, shares, continued)

@@ -123,9 +123,10 @@ class StepLabeller:
                 show(tokens)
 
             sampled = self.engine.generate(requests, self.options, advance)
-        groups = []
+        groups, tokens = [], Counter[int]()
         for (place, step), continuations in zip(places, sampled, strict=True):
             label = labels[place]
+            tokens[place] += sum(len(continuation.token_ids) for continuation in continuations)
             prefix = label.completion.token_ids[: label.ends[step] + 1]
             groups.append((label.prompt, [self._join(prefix, continuation) for continuation in continuations]))
         with self.progress.bar("Scoring steps", len(groups), "steps") as show:
@@ -137,7 +138,7 @@ class StepLabeller:
             shares[place][step] = sum(known) / len(known) if known else None
             failures.update(_failure_reason(reward) for reward in step_rewards if self._is_correct(reward) is None)
         results = []
-        for label, label_shares in zip(labels, shares, strict=True):
+        for number, (label, label_shares) in enumerate(zip(labels, shares, strict=True)):
             kept = [place for place, share in enumerate(label_shares) if share is not None]
             results.append(
                 replace(
@@ -145,6 +146,7 @@ class StepLabeller:
                     ends=tuple(label.ends[place] for place in kept),
                     text_ends=tuple(label.text_ends[place] for place in kept),
                     shares=tuple(share for share in label_shares if share is not None),
+                    continuation_tokens=tokens[number],
                 )
             )
         return results

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 _TEXT, _INTEGER, _FLOAT, _BOOLEAN = pa.string(), pa.int64(), pa.float64(), pa.bool_()
 
 # The version of these schemas, in the metadata of every file as "gruppo_schema". Files without one are version 1.
-SCHEMA_VERSION = 2
-ADDED = {
-    2: frozenset({"entropy", "prompt_token_ids", "prompt_token_texts", "token_texts", "printed"})
-}  # columns, by version
+SCHEMA_VERSION = 3
+ADDED = {  # columns, by version
+    2: frozenset({"entropy", "prompt_token_ids", "prompt_token_texts", "token_texts", "printed"}),
+    3: frozenset({"continuation_tokens"}),
+}
 AHEAD = frozenset({"staleness"})  # columns of runs that sample ahead
 
 
@@ -94,6 +95,7 @@ EVALUATIONS = pa.schema(
 )
 
 
+# `continuation_tokens`: sampled to label the completion's steps.
 LABELS = pa.schema(
     {
         "prompt_id": _TEXT,
@@ -109,6 +111,7 @@ LABELS = pa.schema(
         "step_text_ends": pa.list_(_INTEGER),
         "soft": pa.list_(_FLOAT),
         "hard": pa.list_(_BOOLEAN),
+        "continuation_tokens": _INTEGER,
     }
 )
 

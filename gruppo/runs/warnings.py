@@ -144,7 +144,8 @@ def no_nonzero_advantage(seen: History) -> Evidence | None:
 
 
 def evaluation_falls(seen: History) -> Evidence | None:
-    """The last evaluation is below the best one with disjoint intervals, and the reward rose in between."""
+    """The last evaluation is below the best one with disjoint intervals, and the reward rose in between, as far as KEPT
+    steps show."""
     if len(seen.evaluations) < 2:
         return None
     now = seen.evaluations[-1]
@@ -155,11 +156,11 @@ def evaluation_falls(seen: History) -> Evidence | None:
     rewards = [_reward(line) for line in between]
     if trend(rewards) <= RISES:
         return None
-    steps = [int(best["step"]), int(now["step"])]
+    steps, rising = [int(best["step"]), int(now["step"])], [int(between[0]["step"]), int(between[-1]["step"])]
     return Evidence(
         f"the evaluation fell from {best['eval/accuracy']:.1%} after step {steps[0]} to {now['eval/accuracy']:.1%} "
-        f"after step {steps[1]} while the reward rose from {_ends(rewards)}: the reward may not measure "
-        "what the evaluation does",
+        f"after step {steps[1]} while the reward of steps {_to(rising)} rose from {_ends(rewards)}: the reward may not "
+        "measure what the evaluation does",
         {"steps": steps, "eval/accuracy": [best["eval/accuracy"], now["eval/accuracy"]], "reward": rewards},
     )
 

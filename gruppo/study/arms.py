@@ -13,7 +13,7 @@ from gruppo.config.packaged import packaged_recipes
 from gruppo.config.recipe import Recipe
 from gruppo.errors import UsageError
 from gruppo.study.file import Arm, Budget, StudyFile, read_study
-from gruppo.utils.paths import is_file, user_path
+from gruppo.utils.paths import from_here, is_file, user_path
 
 
 @dataclass(frozen=True)
@@ -73,10 +73,9 @@ class Study:
         return self._beside(given) if given else self.folder / "study.md"
 
     def _beside(self, given: str) -> Path:
-        """A path of the file, which is relative to the file's folder. Without "..", where messages can do without."""
+        """A path of the file, which is relative to the file's folder."""
         path = self.path.parent / user_path(given)
-        here, whole = Path.cwd().resolve(), path.resolve()
-        return whole.relative_to(here) if ".." in path.parts and whole.is_relative_to(here) else path
+        return from_here(path) if ".." in path.parts else path
 
     def runs_of(self, arm: str) -> list[PlannedRun]:
         """The runs of an arm."""
@@ -210,9 +209,8 @@ def _require_reachable(recipe: Recipe, budget: Budget, where: str) -> None:
     """Raise UsageError if the run would end before it can have spent its budget of tokens."""
     if budget.tokens is None or recipe.method.source == "dataset" or recipe.run.epochs is not None:
         return
-    turns = 1 + (recipe.environment.turns if recipe.environment else 0)
-    sampling = recipe.sampling
-    step = sampling.prompts_per_step * sampling.group_size * sampling.max_tokens * turns
+    sampling, rounds = recipe.sampling, 1 + recipe.method.dynamic_sampling_rounds
+    step = sampling.prompts_per_step * sampling.group_size * sampling.max_tokens * rounds
     if step * recipe.run.steps < budget.tokens:
         raise UsageError(
             f"{where}: run.steps = {recipe.run.steps}: samples at most {step * recipe.run.steps:,} tokens, but "

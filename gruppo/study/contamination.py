@@ -114,9 +114,9 @@ def recall(questions: Sequence[str], complete: Callable[[Sequence[str]], Sequenc
     begins with; `words`: the mean share of the words of the second half that it has at their places, from the start up
     to the first that differs. Compare both with those of new questions of the same kind: some ends can be guessed.
     """
-    halves = [_halves(question) for question in questions]
+    split = [halves(question) for question in questions]
     exact, shares = 0, []
-    for (_, rest), answer in zip(halves, complete([first for first, _ in halves]), strict=True):
+    for (_, rest), answer in zip(split, complete([first for first, _ in split]), strict=True):
         wanted, given = words_of(rest), words_of(answer)
         agreed = next((place for place, word in enumerate(wanted) if given[place : place + 1] != (word,)), len(wanted))
         exact += agreed == len(wanted)
@@ -124,8 +124,9 @@ def recall(questions: Sequence[str], complete: Callable[[Sequence[str]], Sequenc
     return {"questions": len(questions), "exact": exact / len(questions), "words": sum(shares) / len(shares)}
 
 
-def _halves(text: str) -> tuple[str, str]:
+def halves(text: str) -> tuple[str, str]:
     """The text up to a space near its middle, and the rest."""
+    text = text.strip()
     middle = text.find(" ", len(text) // 2)
     middle = len(text) // 2 if middle < 0 else middle
     return text[:middle], text[middle:]

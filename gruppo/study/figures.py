@@ -51,7 +51,8 @@ def _draw_curve(
         values = np.array([np.interp(xs, curve[0], curve[1]) for curve in curves])
         color = f"C{study.file.arms.index(arm)}"
         label = f"{arm.title} ({len(curves)} seed{'s' if len(curves) > 1 else ''})"
-        axes.plot(xs, values.mean(axis=0), color=color, label=label)
+        alone = "o" if len(xs) == 1 or start == end else None  # a line of one point is invisible
+        axes.plot(xs, values.mean(axis=0), color=color, label=label, marker=alone)
         if len(curves) > 1:
             axes.fill_between(xs, values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, linewidth=0)
     if not axes.lines:

@@ -35,7 +35,8 @@ class Budget(Table):
     steps: Annotated[int, Field(ge=1)] | None = None
     """Steps, in place of run.steps."""
     minutes: Annotated[float, Field(gt=0)] | None = None
-    """Minutes of training, without evaluations. A run stops after the step with which it reaches them."""
+    """Minutes of training, with that of reward models and without evaluations. A run stops after the step with which it
+    reaches them."""
 
     @model_validator(mode="after")
     def _is_one(self) -> Self:

@@ -8,6 +8,7 @@ from typing import Any
 from gruppo.study.arms import Study
 from gruppo.study.contamination import NEAR, NGRAM
 from gruppo.study.file import INITIAL
+from gruppo.utils.paths import from_here
 
 BEFORE = "before training"
 
@@ -80,11 +81,12 @@ def _values(study: Study, content: Mapping[str, Any]) -> list[str]:
 
 
 def _figures(study: Study, figures: Mapping[str, str]) -> list[str]:
-    shown = [(table, figures[table.name]) for table in study.file.figures if table.name in figures]
-    if not shown:
-        return []
-    images = [f"![{table.title or table.metric or table.evaluation}]({path})" for table, path in shown]
-    return ["## Figures", "", "\n\n".join(images)]
+    shown = []
+    for table in study.file.figures:
+        title = table.title or table.metric or table.evaluation
+        image, of = figures.get(table.name), table.metric or table.evaluation
+        shown.append(f"![{title}]({image})" if image else f"*{title}:* nothing that is done has `{of}`.")
+    return ["## Figures", "", "\n\n".join(shown)] if shown else []
 
 
 def _arms(study: Study, content: Mapping[str, Any]) -> list[str]:
@@ -183,7 +185,9 @@ def _recall(study: Study, content: Mapping[str, Any]) -> list[str]:
 
 
 def _again(study: Study) -> list[str]:
-    return ["## Again", "", f"    gruppo study {study.path.name}", "", "repeats the study, and uses what is done."]
+    path = from_here(study.path)
+    name = path.name if path.is_absolute() else path.as_posix()  # the folders of this machine say nothing to others
+    return ["## Again", "", f"    gruppo study {name}", "", "repeats the study, and uses what is done."]
 
 
 def _table(names: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:

@@ -20,7 +20,7 @@ from gruppo.models.attention.backends import check_compute
 from gruppo.models.loading import ModelSource, find_model, load_model
 from gruppo.models.policy import LanguageModel
 from gruppo.study.arms import Study
-from gruppo.study.contamination import recall, texts_of, words_of
+from gruppo.study.contamination import halves, recall, texts_of, words_of
 from gruppo.study.evaluations import PlannedEvaluation, untrained_evaluation
 from gruppo.study.record_files import read_facts, write_facts
 from gruppo.utils.progress import Progress
@@ -110,7 +110,7 @@ def _continued(
 
 def _usable(texts: Sequence[str], title: str, field: str) -> list[str]:
     """The texts that have two halves. Raises UsageError if there is none."""
-    usable = [text for text in texts if len(words_of(text)) > 1]
+    usable = [text for text in texts if len(words_of(text)) > 1 and words_of(halves(text)[1])]
     if not usable:
         raise UsageError(f"evaluations: {title}: {field}: no question has two words, so none has two halves; remove it")
     return usable

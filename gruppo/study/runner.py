@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from gruppo.errors import RunError, UsageError, first_line
+from gruppo.errors import RunError, UsageError, first_line, out_of_memory
 from gruppo.study.arms import PlannedRun, Study, require_arms
 from gruppo.study.attempts import attempt
 from gruppo.study.contamination_check import check_contamination
@@ -125,7 +125,7 @@ class StudyRunner:
         self._attempt(name, measure)
 
     def _evaluate(self, planned: PlannedEvaluation) -> None:
-        if planned.done:
+        if planned.done or planned.name in self.outcome.left:
             return
         states = {run.name: RunState(run.name) for run in self.study.runs}
         seconds = Estimator(self.study, states, self.progress, checks=False).evaluation(planned.table)
@@ -153,7 +153,13 @@ class StudyRunner:
     def _attempt(self, name: str, work: Any) -> None:
         def recorded() -> None:
             with attempt(self.study.records, name) as record:
-                work(record)
+                try:
+                    work(record)
+                except (MemoryError, RuntimeError) as error:
+                    if not out_of_memory(error):
+                        raise
+                    message = f"out of memory ({first_line(error)}); free some memory, and start the study again"
+                    raise RunError(message) from error
 
         self._guarded(name, recorded)
         self.stop.check()
@@ -162,7 +168,7 @@ class StudyRunner:
         """Do some work; a failure does not end the study."""
         try:
             work()
-        except (UsageError, RunError) as error:
+        except (UsageError, RunError, OSError) as error:
             self._fail(name, first_line(error))
 
     def _fail(self, name: str, why: str) -> None:

@@ -24,21 +24,23 @@ def tokens_by_step(folder: Path) -> dict[int, int]:
 
 
 def label_tokens_by_step(folder: Path) -> dict[int, int]:
-    """The tokens that were sampled for labels of a reward model, by the step after which they were sampled."""
-    schema = pa.schema([LABELS.field("token_ids")])
-    tables = _tables(folder / "labels")
-    return {step: len(pc.list_flatten(read_table(path, schema)["token_ids"])) for step, path in tables}
+    """The tokens that were sampled for labels of a reward model, by the step after which they were sampled: those of
+    the completions and of the continuations of their steps, which older folders do not count."""
+    schema = pa.schema([LABELS.field("token_ids"), LABELS.field("continuation_tokens")])
+    return {step: _labelling(read_table(path, schema)) for step, path in _tables(folder / "labels")}
 
 
 def seconds_by_step(metrics: Iterable[Mapping[str, Any]]) -> dict[int, float]:
-    """The seconds of training of every step of a run, without evaluations; step 0 has what came before the first.
+    """The seconds of training of every step of a run, with that of a reward model before it and without evaluations.
 
-    `metrics`: the lines of metrics.jsonl.
+    `metrics`: the lines of metrics.jsonl. A reward model's line has the number of the step before it.
     """
     seconds: dict[int, float] = {}
     for line in metrics:
-        spent = line.get("time/step" if STEP in line else "time/reward_model")
-        seconds[line["step"]] = seconds.get(line["step"], 0.0) + (spent or 0.0)
+        is_step = STEP in line
+        step, spent = line["step"] + (not is_step), line.get("time/step" if is_step else "time/reward_model")
+        if spent is not None:
+            seconds[step] = seconds.get(step, 0.0) + spent
     return seconds
 
 
@@ -70,7 +72,8 @@ class BudgetCallback(Callback):
     """Stops a run after the step with which it reaches its budget of tokens or minutes; also if it was interrupted at
     that step.
 
-    What is spent is counted from the run's folder when it starts, so a resumed run stops where it would have.
+    Tokens are counted from the run's folder when it starts, and minutes after every step, so a resumed run stops where
+    it would have.
     """
 
     def __init__(self, budget: Budget, folder: Path) -> None:
@@ -83,18 +86,26 @@ class BudgetCallback(Callback):
 
     def on_start(self, step: int) -> StopTraining | None:
         """See `Callback`."""
-        metrics = read_metrics(self.folder / "metrics.jsonl")
-        spent = spent_by_step(self.budget, tokens_by_step(self.folder), metrics)
-        self.spent = sum(amount for number, amount in spent.items() if number <= step)
+        if self.budget.unit == "minutes":
+            return self._stop_by_minutes(step)
+        self.spent = sum(amount for number, amount in tokens_by_step(self.folder).items() if number <= step)
         return STOP if step and self.spent >= _limit(self.budget) else None
 
     def on_step(self, step: int, metrics: dict[str, Any], groups: Sequence[Group]) -> StopTraining | None:
         """See `Callback`."""
         if self.budget.unit == "minutes":
-            self.spent += metrics["time/step"]
-        else:
-            self.spent += sum(sum(completion.mask) for group in groups for completion in group.completions)
+            return self._stop_by_minutes(step)
+        self.spent += sum(sum(completion.mask) for group in groups for completion in group.completions)
         return STOP if self.spent >= _limit(self.budget) else None
+
+    def _stop_by_minutes(self, step: int) -> StopTraining | None:
+        seconds = seconds_by_step(read_metrics(self.folder / "metrics.jsonl"))
+        seconds = {number: amount for number, amount in seconds.items() if number <= step}
+        return STOP if reached_at(self.budget, seconds) is not None else None
+
+
+def _labelling(table: pa.Table) -> int:
+    return len(pc.list_flatten(table["token_ids"])) + int(pc.sum(table["continuation_tokens"]).as_py() or 0)
 
 
 def _true(masks: pa.ChunkedArray) -> int:

@@ -11,7 +11,7 @@ from pathlib import Path
 from gruppo.config.loading import load_recipe
 from gruppo.config.renames import translate_recipe
 from gruppo.config.resume import FREE, LENGTH, MEMORY
-from gruppo.errors import UsageError
+from gruppo.errors import UsageError, first_line
 from gruppo.runs.changes import differences, length_problem
 from gruppo.runs.reading import reading
 from gruppo.study.arms import PlannedRun, Study
@@ -148,7 +148,10 @@ def _left_over(study: Study, name: str) -> RunState:
         data = None
     if data is not None:
         return replace(_described(data, name, "left over", [note]), recorded=True)
-    return _described(read_folder(study.folder / name), name, "left over", [note])
+    try:
+        return _described(read_folder(study.folder / name), name, "left over", [note])
+    except (UsageError, OSError) as error:
+        return RunState(name, "left over", notes=[note, first_line(error)])
 
 
 def folder_state(run: PlannedRun) -> RunState:
@@ -169,7 +172,9 @@ def _judged(run: PlannedRun, data: RunData) -> RunState:
     budget = run.budget
     spent = spent_by_step(budget, data.tokens, data.metrics)
     reached = reached_at(budget, {step: amount for step, amount in spent.items() if step <= data.steps}) is not None
-    ended = data.outcome in COMPLETE and (reached or data.steps >= run.recipe.run.steps)
+    epochs = run.recipe.run.epochs is not None  # the number of steps follows from the data
+    whole = data.outcome == "done" if epochs else data.steps >= run.recipe.run.steps
+    ended = data.outcome in COMPLETE and (reached or whole)
     notes = []
     if data.outcome == "failed":
         notes.append(f"failed in step {data.at + 1}")

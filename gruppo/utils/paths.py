@@ -20,6 +20,12 @@ def user_path(name: str | Path) -> Path:
         return Path(name)
 
 
+def from_here(path: Path) -> Path:
+    """The path relative to the current folder, without "..", if it lies there; else unchanged."""
+    here, whole = Path.cwd().resolve(), path.resolve()
+    return whole.relative_to(here) if whole.is_relative_to(here) else path
+
+
 def is_file(path: Path) -> bool:
     """Whether the file exists. False for impossible names (too long, with null characters or lone surrogates)."""
     try:

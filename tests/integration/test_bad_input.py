@@ -226,7 +226,7 @@ def test_labels_with_inconsistent_steps_are_refused(tmp_path: Path) -> None:
         "prompt_id": "t/0", "prompt": '"q"', "columns": "{}", "prompt_token_ids": [1], "text": "ab",
         "token_ids": [1, 2], "finish_reason": "stop", "right": True,
         "step_texts": ["ab"], "step_ends": [1], "step_text_ends": [2],
-        "soft": [0.5], "hard": [True],
+        "soft": [0.5], "hard": [True], "continuation_tokens": 4,
     }  # fmt: skip
     run = RunFolder(tmp_path / "labels")
     (labels,) = read_labels([run.table("labels", 1, [row], LABELS)])

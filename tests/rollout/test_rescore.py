@@ -176,7 +176,7 @@ def test_a_damaged_table_is_left_out_with_a_note(run: Path, tmp_path: Path) -> N
 def test_file_with_every_row(run: Path, tmp_path: Path) -> None:
     found = rescore(run, "negative", out=tmp_path / "r.parquet")
     assert [path.name for path in tmp_path.iterdir()] == ["r.parquet"]
-    assert pq.read_schema(tmp_path / "r.parquet").metadata == {b"gruppo_schema": b"2"}
+    assert pq.read_schema(tmp_path / "r.parquet").metadata == {b"gruppo_schema": b"3"}
     again = Rescores.read(tmp_path / "r.parquet", run)
     assert again.table.equals(found.table)
     assert again.as_dict() == found.as_dict()

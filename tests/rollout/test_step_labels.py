@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from gruppo.config.sections import RewardModel
-from gruppo.engines.base import SamplingParams
+from gruppo.engines.base import Request, SamplingParams
 from gruppo.engines.native.engine import NativeEngine
 from gruppo.errors import UsageError
 from gruppo.models.policy import LanguageModel
@@ -111,6 +112,23 @@ def test_the_same_key_gives_the_same_labels_and_failed_rewards_are_left_out(
     assert [row.shares for row in labelled] != [row.shares for row in tools.label(groups, (4, 1))[0]]
 
 
+def test_tokens_of_continuations_are_counted(
+    small: LanguageModel, pool: RewardPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools, written = labeller(small, pool, 8, continuations=5), list[int]()
+    generate = tools.engine.generate
+
+    def counted(requests: Sequence[Request], *others: Any) -> list[list[Completion]]:
+        sampled = generate(requests, *others)
+        written.extend(sum(len(one.token_ids) for one in completions) for completions in sampled)
+        return sampled
+
+    monkeypatch.setattr(tools.engine, "generate", counted)
+    labelled, _ = tools.label([group_of(small, "bacdge", "ed", "bcbe")], (0, 1))
+    assert len(written) == 3, "two steps of the first and one of the third can be continued"
+    assert [row.continuation_tokens for row in labelled] == [sum(written[:2]), 0, written[2]]
+
+
 def test_a_completion_without_a_step_has_no_label(small: LanguageModel, pool: RewardPool) -> None:
     ((labelled,), _) = labeller(small, pool, 8).label([group_of(small, "")], (0, 1))
     assert labelled.ends == ()
@@ -143,9 +161,10 @@ def test_written_labels_are_read_back(small: LanguageModel, pool: RewardPool, tm
     assert row["step_texts"] == ["ba", "cd"]
     assert row["step_ends"] == [1, 3]
     assert row["hard"] == [share > 0 for share in row["soft"]]
+    assert row["continuation_tokens"] >= 3, "three continuations of the first step; the last has none"
     again = read_labels([path])
-    assert [(row.completion.token_ids, row.right, row.ends, row.shares) for row in again] == [
-        (row.completion.token_ids, row.right, row.ends, row.shares) for row in labelled
+    assert [(row.completion.token_ids, row.right, row.ends, row.shares, row.continuation_tokens) for row in again] == [
+        (row.completion.token_ids, row.right, row.ends, row.shares, row.continuation_tokens) for row in labelled
     ]
     assert again[0].prompt.columns == {"answer": 1}
 

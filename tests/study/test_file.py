@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,12 @@ def test_arms_that_begin_with_each_other_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UsageError, match=r'arms: low: start = "high": low begins with high begins with low, so none'):
         load_study(write_study(tmp_path, "tiny", text=text))
+
+
+def test_dropped_groups_count_towards_a_budget_of_tokens(tiny_folder: str, tmp_path: Path) -> None:
+    """A step of dynamic sampling can sample 1 + rounds times."""
+    text = STUDY.replace("method.kl_coef = 0.0", "method = {{ kl_coef = 0.0, dynamic_sampling_rounds = {rounds} }}")
+    for rounds, possible in ((17, True), (16, False)):
+        file = write_study(tmp_path / str(rounds), tiny_folder, 10_000, text.replace("{rounds}", str(rounds)))
+        with nullcontext() if possible else pytest.raises(UsageError, match="samples at most 9,792 tokens"):
+            load_study(file)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from gruppo.errors import UsageError
 from gruppo.study.arms import load_study
 from gruppo.study.attempts import read_attempts
+from gruppo.study.evaluations import PlannedEvaluation
 from gruppo.study.plan import describe_plan
 from gruppo.study.report import write_report
 from gruppo.study.runner import Outcome, StudyRunner
@@ -19,7 +22,7 @@ from gruppo.training.callbacks import STOP
 from gruppo.utils.progress import NullProgress
 from gruppo.utils.signals import Interrupted, stop_on_signals
 from tests.fuzzing import command
-from tests.small_runs import at_call, fingerprint
+from tests.small_runs import ROWS, at_call, fingerprint
 from tests.study.conftest import STUDY, change, run, write_study
 
 
@@ -140,6 +143,45 @@ def test_what_is_left_over_or_failed_is_listed(copied: Path, monkeypatch: pytest
     page = write_report(load_study(copied)).page.read_text()
     assert "| high/seed-1 | left over |" in page
     assert "higher/seed-1: failed (" in page
+
+
+def test_a_damaged_folder_that_is_left_over_does_not_stop_the_study(copied: Path) -> None:
+    study = load_study(copied)
+    folder = study.runs[1].folder
+    assert study.runs[1].name == "high/seed-1"
+    shutil.rmtree(study.records)
+    next((folder / "rollouts").glob("*.parquet")).write_bytes(b"PAR1")
+    change(copied, 'name = "high"', 'name = "higher"')
+    change(copied, 'arms = ["low", "high"]', 'arms = ["low", "higher"]')
+    assert "| high/seed-1 | left over |" in write_report(load_study(copied)).page.read_text()
+
+
+def test_an_evaluation_without_memory_fails_once_and_the_study_goes_on(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def without_memory(planned: PlannedEvaluation, *_: Any) -> None:
+        tried.append(planned.name)
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    change(copied, "questions = 4", "questions = 3")
+    monkeypatch.setattr(PlannedEvaluation, "perform", without_memory)
+    outcome = run(copied)
+    assert sorted(tried) == sorted(set(tried)) == sorted(outcome.left)
+    assert len(tried) == 5, "of both arms with both seeds, and before training"
+    assert all("out of memory" in why for why in outcome.failed.values())
+
+
+def test_a_run_of_epochs_is_complete_after_its_last_step(tiny_folder: str, tmp_path: Path) -> None:
+    """The number of its steps follows from the data; the file's run.steps has its default."""
+    text = STUDY.split("[[arms]]")[0].replace("steps = 9", "epochs = 1") + '[[arms]]\nname = "one"\nseeds = [1]\n'
+    file = write_study(tmp_path / "c", tiny_folder, 10**6, text)
+    outcome = run(file)
+    assert (outcome.failed, outcome.left) == ({}, [])
+    state = read_state(load_study(file), load_study(file).runs[0])
+    assert state.complete
+    assert state.notes == [f"its {len(ROWS) // 2} steps ended before its budget of 1,000,000 sampled tokens"]
 
 
 def test_minutes_are_kept(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
