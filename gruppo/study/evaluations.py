@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from gruppo.evaluation.results import RESULTS
 from gruppo.runs.eval_metrics import Question, accuracies
 from gruppo.study.answer_data import keep_answers, kept_answers, read_questions
 from gruppo.study.arms import PlannedRun, Study
-from gruppo.study.file import INITIAL, EvaluationSet
+from gruppo.study.file import BEFORE, INITIAL, Arm, EvaluationSet
 from gruppo.study.record_files import MANIFEST
 from gruppo.study.states import RunState, has_model
 from gruppo.utils.progress import Progress
@@ -126,6 +126,16 @@ def untrained_evaluation(study: Study, table: EvaluationSet, run: PlannedRun) ->
     recipe = evaluation_recipe(table, run.recipe, run.recipe.model.name)
     name = _name(table, INITIAL, recipe, recipe.model.name)
     return PlannedEvaluation(table, run, run, recipe, study.folder / name, study.records / name, initial=True)
+
+
+def untrained_models(study: Study, table: EvaluationSet, arms: Collection[str]) -> list[tuple[str, str]]:
+    """The models that the recipes of these arms name, as the arms evaluate them: an arm of each, and what it is for
+    readers. Arms with equal settings share one."""
+    found: dict[Path, Arm] = {}
+    for run in study.runs:
+        if run.start is None and run.arm.name in arms:
+            found.setdefault(untrained_evaluation(study, table, run).folder, run.arm)
+    return [(arm.name, BEFORE if len(found) == 1 else f"{BEFORE} ({arm.title})") for arm in found.values()]
 
 
 def _trained_evaluation(

@@ -11,6 +11,7 @@ import numpy as np
 from gruppo.evaluation.plots import make_figure, save_figure
 from gruppo.study.answers import Answered, curve_of, value_of
 from gruppo.study.arms import Study
+from gruppo.study.evaluations import untrained_models
 from gruppo.study.file import FigureTable
 from gruppo.study.run_data import RunData
 from gruppo.study.states import RunState
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 POINTS = 200  # of a curve over tokens
-BEFORE = "before training"
 
 
 def write_figures(study: Study, states: Mapping[str, RunState], answered: Answered, folder: Path) -> list[Path]:
@@ -133,11 +133,11 @@ def models_of(study: Study, table: FigureTable) -> list[tuple[str, bool, str, st
     figures. What the arms begin with comes first, unless it is one of the arms."""
     colors = {arm.name: f"C{place}" for place, arm in enumerate(study.file.arms)}
     shown = study.file.shown_arms(table)
-    begun: dict[str | None, tuple[str, bool, str, str]] = {}
+    evaluation = study.file.evaluation(table.evaluation or study.file.parsed(table.metric)[0])
+    untrained = untrained_models(study, evaluation, [arm.name for arm in shown])
+    begun = {title: (name, True, title, "0.6") for name, title in untrained}
     for arm in shown:
-        if arm.start is None:
-            begun.setdefault(None, (arm.name, True, BEFORE, "0.6"))
-        elif arm.start not in [other.name for other in shown]:
+        if arm.start is not None and arm.start not in [other.name for other in shown]:
             begun.setdefault(arm.start, (arm.name, True, study.file.arm(arm.start).title, colors[arm.start]))
     return list(begun.values()) + [(arm.name, False, arm.title, colors[arm.name]) for arm in shown]
 

@@ -16,6 +16,7 @@ from gruppo.errors import UsageError, nearest
 from gruppo.utils.crossed import Alternative
 
 INITIAL = "initial"  # stands for the model before training, in questions and figures
+BEFORE = "before training"  # the same, for readers
 _RESERVED = (INITIAL, "evaluations", "records")
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)]
 

@@ -7,10 +7,8 @@ from typing import Any
 
 from gruppo.study.arms import Study
 from gruppo.study.contamination import NEAR, NGRAM
-from gruppo.study.file import INITIAL
+from gruppo.study.file import BEFORE, INITIAL
 from gruppo.utils.paths import from_here
-
-BEFORE = "before training"
 
 
 def page_of(study: Study, content: Mapping[str, Any], figures: Mapping[str, str]) -> str:
@@ -63,12 +61,12 @@ def _values(study: Study, content: Mapping[str, Any]) -> list[str]:
     for name, found in content["evaluations"].items():
         for metric, values in found["metrics"].items():
             rows = []
-            for arm, title in [(INITIAL, BEFORE), *((arm.name, arm.title) for arm in study.file.arms)]:
-                if arm in values:
-                    value = values[arm]
-                    seeds = ", ".join(f"{seed}: {mean:.1%}" for seed, mean in value["seeds"].items())
-                    interval = f"{value['interval'][0]:.1%} to {value['interval'][1]:.1%}"
-                    rows.append([title, f"{value['mean']:.1%}", interval, seeds, f"{value['questions']:,}"])
+            titles = {arm.name: arm.title for arm in study.file.arms}
+            for model, value in values.items():
+                title = titles.get(model) or model.replace(INITIAL, BEFORE)
+                seeds = ", ".join(f"{seed}: {mean:.1%}" for seed, mean in value["seeds"].items())
+                interval = f"{value['interval'][0]:.1%} to {value['interval'][1]:.1%}"
+                rows.append([title, f"{value['mean']:.1%}", interval, seeds, f"{value['questions']:,}"])
             if rows:
                 samples = f", {found['samples']} answers per question" if found["samples"] > 1 else ""
                 lines += ["", f"### {name}: {metric}{samples}", ""]

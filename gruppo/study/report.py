@@ -16,9 +16,9 @@ from gruppo.study.answers import METHOD, Answered, answer, value_of
 from gruppo.study.arms import Study, written
 from gruppo.study.attempts import read_attempts
 from gruppo.study.contamination_check import contamination_of
-from gruppo.study.evaluations import final_evaluation, initial_evaluation, plan_evaluations
+from gruppo.study.evaluations import final_evaluation, initial_evaluation, plan_evaluations, untrained_models
 from gruppo.study.figures import write_figures
-from gruppo.study.file import INITIAL, EvaluationSet
+from gruppo.study.file import BEFORE, INITIAL, EvaluationSet
 from gruppo.study.page import page_of
 from gruppo.study.recall_check import recall_of
 from gruppo.study.states import RunState, keep_states, start_note
@@ -132,7 +132,11 @@ def _evaluation(study: Study, table: EvaluationSet, answered: Answered) -> dict[
     for metric in metrics:
         _, kind, k = study.file.parsed(f"{table.title}/{metric}")
         values = {arm.name: value_of(answered.table(table.title, arm.name, kind, k)) for arm in study.file.arms}
-        first = study.runs[0].arm.name
-        values = {INITIAL: value_of(answered.table(table.title, first, kind, k, initial=True)), **values}
+        untrained = untrained_models(study, table, [arm.name for arm in study.file.arms])
+        before = {
+            title.replace(BEFORE, INITIAL): value_of(answered.table(table.title, arm, kind, k, initial=True))
+            for arm, title in untrained
+        }
+        values = {**before, **values}
         found["metrics"][metric] = {name: value for name, value in values.items() if value is not None}
     return found

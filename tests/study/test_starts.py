@@ -208,6 +208,8 @@ def test_the_page_shows_starts_and_budgets(trained: Path) -> None:
         "| grpo | the recipe in the study's file | none | SFT | 2 steps | 1, 2 |",
         "| slow | the recipe in the study's file | `optimizer.learning_rate = 0.0003` | SFT | 1 steps | 1 |",
         "| its recipe's model | 1 steps | 1 |",
+        "| before training (SFT) |",
+        "| before training (plain) |",
     ):
         assert words in page
     assert "began with" not in page
@@ -218,7 +220,7 @@ def test_figures_show_what_the_arms_begin_with(fresh: Path) -> None:
     study = load_study(fresh)
     whole, some = study.file.figures
     assert [(name, initial, title) for name, initial, title, _ in models_of(study, whole)] == [
-        ("sft", True, "before training"),
+        ("sft", True, "before training (SFT)"), ("plain", True, "before training (plain)"),
         ("grpo", False, "grpo"), ("slow", False, "slow"), ("sft", False, "SFT"), ("plain", False, "plain"),
     ]  # fmt: skip
     assert [(name, initial, title) for name, initial, title, _ in models_of(study, some)] == [
