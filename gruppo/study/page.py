@@ -63,7 +63,7 @@ def _values(study: Study, content: Mapping[str, Any]) -> list[str]:
             rows = []
             titles = {arm.name: arm.title for arm in study.file.arms}
             for model, value in values.items():
-                title = titles.get(model) or model.replace(INITIAL, BEFORE)
+                title = titles.get(model) or model.replace(INITIAL, BEFORE, 1)
                 seeds = ", ".join(f"{seed}: {mean:.1%}" for seed, mean in value["seeds"].items())
                 interval = f"{value['interval'][0]:.1%} to {value['interval'][1]:.1%}"
                 rows.append([title, f"{value['mean']:.1%}", interval, seeds, f"{value['questions']:,}"])
@@ -83,7 +83,7 @@ def _figures(study: Study, figures: Mapping[str, str]) -> list[str]:
     for table in study.file.figures:
         title = table.title or table.metric or table.evaluation
         image, of = figures.get(table.name), table.metric or table.evaluation
-        shown.append(f"![{title}]({image})" if image else f"*{title}:* nothing that is done has `{of}`.")
+        shown.append(f"![{title}]({image})" if image else f"*{title}:* no results for `{of}` yet.")
     return ["## Figures", "", "\n\n".join(shown)] if shown else []
 
 

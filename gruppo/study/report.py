@@ -129,12 +129,12 @@ def _evaluation(study: Study, table: EvaluationSet, answered: Answered) -> dict[
     if table.samples > 1:
         metrics += [f"{kind}@{table.samples}" for kind in ("maj", "pass")]
     found: dict[str, Any] = {"samples": table.samples, "seed": table.seed, "metrics": {}}
+    untrained = untrained_models(study, table, [arm.name for arm in study.file.arms])
     for metric in metrics:
         _, kind, k = study.file.parsed(f"{table.title}/{metric}")
         values = {arm.name: value_of(answered.table(table.title, arm.name, kind, k)) for arm in study.file.arms}
-        untrained = untrained_models(study, table, [arm.name for arm in study.file.arms])
         before = {
-            title.replace(BEFORE, INITIAL): value_of(answered.table(table.title, arm, kind, k, initial=True))
+            title.replace(BEFORE, INITIAL, 1): value_of(answered.table(table.title, arm, kind, k, initial=True))
             for arm, title in untrained
         }
         values = {**before, **values}
